@@ -1,0 +1,1 @@
+"""Architecture only: no files, no tracking."""

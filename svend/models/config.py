@@ -1,0 +1,51 @@
+"""The shape of a transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svend.pipeline.config import ModelConfig
+
+
+@dataclass(kw_only=True)
+class TransformerConfig:
+    """A decoder-only transformer of the Llama family.
+
+    What is left at None follows from the hidden size: heads of 64, a quarter as many key/value
+    heads where that divides, a feed-forward width of 8/3 rounded up to a multiple of 64.
+    """
+
+    name: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int = 32768
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.heads = self.num_attention_heads or max(1, self.hidden_size // 64)
+        quarter = self.heads // 4 if self.heads % 4 == 0 else self.heads
+        self.kv_heads = self.num_key_value_heads or quarter
+        self.ffn_size = self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+        self.head_size = self.hidden_size // self.heads
+
+    @classmethod
+    def from_model_config(cls, model: ModelConfig) -> TransformerConfig:
+        """Return the transformer that `conf/scale/` describes."""
+        return cls(
+            name=model.name,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+            rope_theta=model.rope_theta,
+        )

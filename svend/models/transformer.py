@@ -1,0 +1,215 @@
+"""The decoder-only transformer that every scale is an instance of.
+
+It is of the Llama family: RMSNorm before each block, rotary positions, SwiGLU, grouped-query
+attention, no biases, an untied head.
+
+Shape suffixes: B batch, T positions, D hidden, H query heads, K key/value heads, S head size,
+F feed-forward width, V vocabulary, N batch and positions as one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from svend.models.config import TransformerConfig
+from svend.models.loss import summed_linear_cross_entropy
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        wide_BTD = x_BTD.float()
+        scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
+        return (wide_BTD * scale_BT1 * self.weight).to(x_BTD.dtype)
+
+
+def rotary_tables(positions_BT: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each (batch, 1, positions, head size), in fp32.
+
+    Su et al. 2021 (arXiv 2104.09864), with the halves of a head as the two coordinates, as in
+    Hugging Face's Llama.
+    """
+    pairs = torch.arange(0, head_size, 2, device=positions_BT.device, dtype=torch.float32)
+    angles = positions_BT.float()[:, None, :, None] * theta ** (-pairs / head_size)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTS: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor) -> Tensor:
+    """Turn each pair of coordinates by its position's angle."""
+    first, second = x_BHTS.chunk(2, dim=-1)
+    turned_BHTS = torch.cat((-second, first), dim=-1)
+    return (x_BHTS * cos_B1TS + turned_BHTS * sin_B1TS).to(x_BHTS.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, within documents where a mask says so."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, s = config.hidden_size, config.head_size
+        self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, s
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(d, self.heads * s, bias=False)
+        self.k_proj = nn.Linear(d, self.kv_heads * s, bias=False)
+        self.v_proj = nn.Linear(d, self.kv_heads * s, bias=False)
+        self.o_proj = nn.Linear(self.heads * s, d, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, mask_B1TT: Tensor | None
+    ) -> Tensor:
+        batch, length, _ = x_BTD.shape
+
+        def split(projected: Tensor, heads: int) -> Tensor:
+            return projected.view(batch, length, heads, self.head_size).transpose(1, 2)
+
+        q_BHTS = rotate(split(self.q_proj(x_BTD), self.heads), cos_B1TS, sin_B1TS)
+        k_BKTS = rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS)
+        v_BKTS = split(self.v_proj(x_BTD), self.kv_heads)
+        # Repeating beats enable_gqa, whose backward pass is slow on CPU.
+        group = self.heads // self.kv_heads
+        out_BHTS = F.scaled_dot_product_attention(
+            q_BHTS,
+            k_BKTS.repeat_interleave(group, dim=1),
+            v_BKTS.repeat_interleave(group, dim=1),
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out_BTD: Tensor = self.o_proj(out_BHTS.transpose(1, 2).reshape(batch, length, -1))
+        return out_BTD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, f = config.hidden_size, config.ffn_size
+        self.gate_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out_BTD
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normed before and added after."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, mask_B1TT: Tensor | None
+    ) -> Tensor:
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, mask_B1TT)
+        out_BTD: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        return out_BTD
+
+
+class ReasoningTransformer(nn.Module):
+    """A transformer of one scale.
+
+    `model(tokens_BT)` gives the logits; `model(tokens_BT, labels_BT)` the summed loss. Another
+    `nn.Module` with this call signature trains, checkpoints and registers too.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def initialize(self, seed: int) -> None:
+        """Draw the weights anew: normal, smaller by sqrt(2 L) where a branch joins the residual.
+
+        The scaling is GPT-2's (Radford et al. 2019). The same seed gives the same weights on
+        every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        branch_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+                continue
+            joins = name.endswith(("o_proj.weight", "down_proj.weight"))
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            drawn.normal_(0.0, branch_std if joins else std, generator=generator)
+            with torch.no_grad():
+                parameter.copy_(drawn)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits, (batch, positions, vocabulary), or with labels the summed loss in nats.
+
+        tokens_BT: token ids. labels_BT: the id to predict at each position, -100 for none. documents_BT: the number of the document that each position belongs to; attention
+        and positions then stay within a document.
+        """
+        x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
+        if labels_BT is None:
+            return F.linear(x_ND, self.head.weight.to(x_ND.dtype)).view(*tokens_BT.shape, -1)
+        return summed_linear_cross_entropy(x_ND, self.head.weight, labels_BT.flatten())
+
+    def hidden_states(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        """Return the normed hidden states before the head, (batch, positions, hidden)."""
+        x_BTD: Tensor = self.embedding(tokens_BT)
+        device_type = tokens_BT.device.type
+        if torch.is_autocast_enabled(device_type):
+            # The residual stream too: half the memory traffic, and fp32 where the norms need it.
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(device_type))
+        positions_BT, mask_B1TT = _layout(tokens_BT, documents_BT)
+        tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
+        cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x_BTD = checkpoint(
+                    block, x_BTD, cos_B1TS, sin_B1TS, mask_B1TT, use_reentrant=False
+                )
+            else:
+                x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, mask_B1TT)
+        out_BTD: Tensor = self.final_norm(x_BTD)
+        return out_BTD
+
+    def compile_blocks(self) -> None:
+        """Compile one block and use it for all: seconds instead of a compilation per layer."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+
+def _layout(tokens_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Positions counted from the start of each document, and who may attend to whom."""
+    batch, length = tokens_BT.shape
+    index_T = torch.arange(length, device=tokens_BT.device)
+    if documents_BT is None:
+        return index_T.expand(batch, length), None
+    starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    origin_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return index_T - origin_BT, same_BTT.tril()[:, None]
