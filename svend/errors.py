@@ -25,5 +25,8 @@ class GateFailure(UserError, RuntimeError):
     """A required gate failed under strict validation."""
 
 
-class Interrupted(Exception):
-    """The user or the scheduler asked the process to stop; the run can be resumed."""
+class Interrupted(BaseException):
+    """The user or the scheduler asked the process to stop.
+
+    Like KeyboardInterrupt no Exception, so that no library takes it for an error and goes on.
+    """

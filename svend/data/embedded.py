@@ -48,7 +48,8 @@ def general_documents(count: int, seed: int) -> Iterator[Document]:
 def tool_use_documents(count: int, seed: int) -> Iterator[Document]:
     """Yield dialogues: tools declared, a question, the call, its result, the answer."""
     names = sorted(TOOLS)
-    problems = {name: _problems(TOOLS[name][0], count, seed) for name in names}
+    # Another seed than the reasoning problems', which share generators with the tools.
+    problems = {name: _problems(TOOLS[name][0], count, seed + 10**9) for name in names}
     for index in range(count):
         rng = random.Random(f"{seed}:{index}")
         name = names[index % len(names)]

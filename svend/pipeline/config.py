@@ -266,7 +266,7 @@ class TrainingConfig:
     save_total_limit: int = _default("training.save_total_limit")
     quick_gate_steps: int = _default("training.quick_gate_steps")
     logging_steps: int = _default("training.logging_steps")
-    heldout_batches: int = _default("training.heldout_batches")
+    heldout_sequences: int = _default("training.heldout_sequences")
     validation_gates: dict[str, float] = _default_dict("training.validation_gates")
     data: DataConfig = field(default_factory=lambda: _data_from_recipe())
 
@@ -292,7 +292,7 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise ConfigError for a value that no run can have."""
         positive = ("num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
-                    "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_batches")
+                    "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_sequences")
         for name in positive:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
         steps = self.max_steps

@@ -1,0 +1,129 @@
+"""The tokenizer, and the template by which a document becomes token ids.
+
+A message is its role's control token, its text, and `<|end|>`; running text is only itself; every
+document ends with `<|endoftext|>`. Text that imitates a control token stays text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from svend.data.documents import Document, Role
+from svend.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_MESSAGE = "<|end|>"
+ROLE_TOKENS = {role: f"<|{role.value}|>" for role in Role if role is not Role.TEXT}
+CONTROL_TOKENS = (END_OF_TEXT, END_OF_MESSAGE, *ROLE_TOKENS.values())
+# Part of a tokenised cache's identity: raise it when `encode` changes what it returns.
+TEMPLATE_VERSION = 1
+
+
+class DocumentTokenizer:
+    """A byte-level BPE with Svend's control tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, *, origin: str) -> None:
+        missing = [token for token in CONTROL_TOKENS if tokenizer.token_to_id(token) is None]
+        if missing:
+            tokenizer.add_special_tokens(missing)
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.origin = origin
+        self.control_ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+
+    @property
+    def size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the whole tokenizer in the `tokenizer.json` format."""
+        return self._tokenizer.to_str(pretty=True)
+
+    def encode(self, documents: list[Document]) -> list[list[int]]:
+        """Return the token ids of each document, by the template."""
+        texts = [message.content for document in documents for message in document.messages]
+        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [list(self._render(document, encoded)) for document in documents]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of bare text; what imitates a control token is text too."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, control tokens included."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _render(self, document: Document, encoded: Iterator[tokenizers.Encoding]) -> Iterator[int]:
+        for message in document.messages:
+            ids = next(encoded).ids
+            if message.role is Role.TEXT:
+                yield from ids
+                continue
+            yield self.control_ids[ROLE_TOKENS[message.role]]
+            yield from ids
+            yield self.control_ids[END_OF_MESSAGE]
+        yield self.control_ids[END_OF_TEXT]
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> DocumentTokenizer:
+    """Train a byte-level BPE on these documents, of at most `vocab_size` entries.
+
+    Every digit is a token of its own, so that numbers are read by place value. Pairs seen once
+    are not merged: small data gives fewer entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (message.content for document in documents for message in document.messages)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return DocumentTokenizer(tokenizer, origin="trained on this run's data")
+
+
+def load_tokenizer(name: str, vocab_size: int) -> DocumentTokenizer:
+    """Load a `tokenizer.json`, or a hub repository's by name.
+
+    Raises DataError if it cannot be read or has more entries than the model's embedding.
+    """
+    try:
+        if Path(name).is_file():
+            tokenizer = Tokenizer.from_file(name)
+        elif name.endswith(".json"):
+            raise DataError(f"training.data.tokenizer {name}: no such file")
+        else:
+            tokenizer = Tokenizer.from_pretrained(name)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for any failure
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(
+            f"training.data.tokenizer {name}: cannot be loaded ({reason}); "
+            "give a tokenizer.json, a hub name that can be reached, or 'train'"
+        ) from None
+    loaded = DocumentTokenizer(tokenizer, origin=name)
+    if loaded.size > vocab_size:
+        raise DataError(
+            f"training.data.tokenizer {name}: {loaded.size} entries with the control tokens, "
+            f"more than the model's {vocab_size}; choose a smaller one or raise model.vocab_size"
+        )
+    return loaded

@@ -1,0 +1,102 @@
+"""The device a run trains on, and the settings that make it fast."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import torch
+
+from svend.errors import ResourceError
+from svend.pipeline.config import Device, Precision
+
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP16: torch.float16,
+}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+
+
+def resolve_device(device: Device) -> torch.device:
+    """Return the device; raises ResourceError if CUDA is asked for and absent."""
+    has_cuda = torch.cuda.is_available()
+    if device is Device.CUDA and not has_cuda:
+        raise ResourceError(
+            "training.device = cuda: torch finds no CUDA device; check nvidia-smi and that torch "
+            f"({torch.__version__}) is a CUDA build, or set training.device=cpu"
+        )
+    return torch.device("cuda" if has_cuda and device is not Device.CPU else "cpu")
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raise ResourceError if the device cannot compute in this precision."""
+    if precision is Precision.BF16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ResourceError(
+            f"training.precision = bf16: {torch.cuda.get_device_name()} has no bf16; "
+            "set training.precision=fp16"
+        )
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass; the weights stay fp32 outside it."""
+    if precision is Precision.FP32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name as people know it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of unmapping them.
+
+    A step frees and takes the same large tensors again; mapping them anew costs hundreds of
+    thousands of page faults a step. The price is that memory, once used, stays with the process.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile can compile for the CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that this process can have in all, what it holds now included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    held = psutil.Process().memory_info().rss
+    available = psutil.virtual_memory().available + held
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        return min(available, int(text))
+    return available
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held on the device so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where only CUDA runs report a peak
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

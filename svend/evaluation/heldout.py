@@ -1,0 +1,81 @@
+"""The loss on held-out text, with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from svend.data.stream import PackedSequences
+from svend.models.loss import IGNORE_LABEL, next_token_labels
+from svend.pipeline.config import Precision
+from svend.device import autocast
+
+Z_95 = 1.96  # two-sided 95% of a normal distribution
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Mean negative log-likelihood in nats per token; standard error over sequences."""
+
+    loss: float
+    standard_error: float
+    tokens: int
+    sequences: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% confidence interval of the loss."""
+        return self.loss - Z_95 * self.standard_error, self.loss + Z_95 * self.standard_error
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.loss)
+
+    @property
+    def perplexity_interval(self) -> tuple[float, float]:
+        low, high = self.interval
+        return _exp(low), _exp(high)
+
+
+def measure_heldout_loss(
+    model: nn.Module,
+    sequences: PackedSequences,
+    count: int,
+    precision: Precision,
+    device: torch.device,
+) -> HeldoutLoss:
+    """Measure the loss on the first `count` held-out sequences, or on all if there are fewer.
+
+    Each sequence weighs by its tokens. The standard error is the ratio estimator's (Cochran 1977,
+    section 6.3): documents of a sequence are not independent, sequences nearly are.
+    """
+    was_training = model.training
+    model.eval()
+    sums, tokens = [], []
+    with torch.no_grad():
+        for number in range(min(count, len(sequences))):
+            batch = sequences.batch(number, 1)
+            labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
+            on_device = batch.to(device)
+            with autocast(precision, device):
+                summed = model(on_device.tokens_BT, labels_BT.to(device), on_device.documents_BT)
+            sums.append(summed)
+            tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
+    model.train(was_training)
+    return _ratio_estimate([float(summed) for summed in sums], tokens)
+
+
+def _ratio_estimate(sums: list[float], tokens: list[int]) -> HeldoutLoss:
+    total, n = sum(tokens), len(sums)
+    loss = sum(sums) / total
+    if n < 2:
+        return HeldoutLoss(loss, math.inf, total, n)
+    squares = sum((s - loss * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    return HeldoutLoss(loss, math.sqrt(squares * n / (n - 1)) / total, total, n)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,190 @@
+"""What a run shows a person: the plan, the progress, the verdicts, what to do next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from svend.data.corpus import Corpus
+from svend.pipeline.config import PipelineConfig, format_count
+from svend.planning.plan import RunPlan
+from svend.tracking.registry import RegisteredVersion
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def make_console() -> Console:
+    """Return the console; a pipe gets plain text wide enough for the tables."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=110)
+
+
+def show_plan(
+    console: Console, config: PipelineConfig, plan: RunPlan, corpus: Corpus, device: str
+) -> None:
+    """Print what the run will do and cost, before it does."""
+    model, training = config.model, config.training
+    assert model is not None  # set by PipelineConfig.resolve
+    data, memory = training.data, plan.memory
+    gb = 1e9
+    compiled = "compiled blocks" if plan.compile else "not compiled"
+    table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("scale", f"{training.model_scale.value}, profile {config.profile}")
+    table.add_row("parameters", f"{plan.parameters:,} ({format_count(plan.parameters)})")
+    table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
+    table.add_row(
+        "",
+        f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents, "
+        f"tokenizer of {corpus.tokenizer.size:,} entries ({corpus.tokenizer.origin})",
+    )
+    table.add_row(
+        "steps",
+        f"{plan.total_steps:,} of {plan.tokens_per_step:,} tokens "
+        f"({training.batch_size} x {training.gradient_accumulation_steps} sequences "
+        f"of {data.max_seq_length})",
+    )
+    table.add_row("tokens", f"{plan.tokens:,}")
+    table.add_row("FLOPs", f"{plan.flops:.2e} ({plan.flops_per_token:.2e} per token)")
+    table.add_row("device", f"{device}; {training.precision.value}, {compiled}")
+    table.add_row("matrix peak", f"{plan.peak_flops / 1e9:,.0f} GFLOP/s, measured just now")
+    table.add_row(
+        "peak memory",
+        f"about {memory.total / gb:.1f} GB of {plan.available_bytes / gb:.1f} GB available",
+    )
+    table.add_row("time", f"about {format_seconds(plan.seconds)}")
+    console.print(table)
+
+
+class TrainingProgress:
+    """A progress bar on a terminal; a plain line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console = console
+        self._total = total_steps
+        self._first = first_step
+        self._started = time.monotonic()
+        self._line_shown = self._started
+        self._status = ""
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            _StatusColumn(self), console=console, transient=False,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> TrainingProgress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def advance(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
+        """Show a step; loss and speed stay as last known where None."""
+        now = time.monotonic()
+        if loss is not None and tokens_per_second is not None:
+            done = step - self._first
+            left = (now - self._started) / max(1, done) * (self._total - step)
+            self._status = (
+                f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {format_seconds(left)} left"
+            )
+        self._bar.update(self._task, completed=step)
+        plain = not self._console.is_terminal
+        if plain and (now - self._line_shown > PLAIN_LINE_SECONDS or step in (1, self._total)):
+            self._console.print(f"step {step}/{self._total}  {self._status}")
+            self._line_shown = now
+
+    @property
+    def status(self) -> str:
+        return self._status
+
+
+class _StatusColumn(ProgressColumn):
+    def __init__(self, progress: TrainingProgress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002
+        return Text(self._progress.status)
+
+
+def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
+    """Return gate decisions as a table."""
+    table = Table(title=title, title_justify="left")
+    for name in ("level", "gate", "verdict"):
+        table.add_column(name)
+    for name in ("value", "95% interval", "n"):
+        table.add_column(name, justify="right")
+    for name in ("must be", "step"):
+        table.add_column(name)
+    for row in rows:
+        if row["passed"]:
+            verdict = Text("pass", style="green")
+        else:
+            verdict = Text("FAIL" if row["required"] else "warn", style="bold red")
+        interval = "" if row["low_95"] is None else f"{row['low_95']:.4g} to {row['high_95']:.4g}"
+        table.add_row(
+            row["level"],
+            row["gate"],
+            verdict,
+            "not measured" if row["value"] is None else f"{row['value']:.4g}",
+            interval,
+            "" if row["sample_size"] is None else f"{row['sample_size']:,}",
+            f"{row['metric']} {row['comparison']} {row['threshold']:g}",
+            str(row["step"]),
+        )
+    return table
+
+
+def show_next_steps(
+    console: Console,
+    tracking_uri: str,
+    experiment_id: str,
+    run_id: str,
+    folder: Path,
+    registered: RegisteredVersion | None,
+    aliases: list[str],
+) -> None:
+    """Print where everything is and the next command to type."""
+    local = not tracking_uri.startswith(("http://", "https://"))
+    address = "http://127.0.0.1:5000" if local else tracking_uri.rstrip("/")
+    url = f"{address}/#/experiments/{experiment_id}/runs/{run_id}"
+    lines = [("checkpoints", str(folder.absolute()))]
+    if registered is not None:
+        stages = ", ".join(f"@{alias}" for alias in aliases) or "no level passed"
+        space = "hard links, no second copy" if registered.linked else "uploaded"
+        lines.append(
+            ("registered", f"{registered.name} version {registered.version} ({stages}; {space})")
+        )
+    if local:
+        lines.append(("see the run", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
+    lines.append(("" if local else "see the run", url))
+    for label, text in lines:
+        console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it: 45 s, 7 min, 3.5 h, 2.1 days."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,123 @@
+"""The folder of a run: its checkpoints, its verdicts, and which MLflow run they belong to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from svend.errors import UserError
+
+RUN_FILE = "run.json"
+VERDICTS_FILE = "verdicts.jsonl"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What run.json says: the MLflow run, the scale, and whether it came to its end."""
+
+    run_id: str
+    tracking_uri: str
+    scale: str
+    finished: bool = False
+
+
+class RunFolder:
+    """`<checkpoint_dir>/<experiment>`, or with -2, -3, ... where an earlier run has that name."""
+
+    def __init__(self, path: Path, identity: RunIdentity) -> None:
+        self.path = path
+        self.identity = identity
+
+    @classmethod
+    def create(cls, checkpoint_dir: str, experiment: str, identity: RunIdentity) -> RunFolder:
+        """Take the next free folder name for a new run."""
+        number = 1
+        while True:
+            path = _path(checkpoint_dir, experiment, number)
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint_dir {path.parent.absolute()}: cannot be written "
+                    f"({error.strerror}); choose another"
+                ) from None
+        folder = cls(path, identity)
+        folder._write_identity()
+        return folder
+
+    @classmethod
+    def find_unfinished(cls, checkpoint_dir: str, experiment: str, scale: str) -> RunFolder:
+        """Return the newest run of this experiment and scale that can go on.
+
+        Raises UserError if there is none.
+        """
+        finished = None
+        for folder in reversed(list(_existing(checkpoint_dir, experiment))):
+            if folder.identity.scale != scale:
+                continue
+            if not folder.identity.finished and any(folder.path.glob("step_*")):
+                return folder
+            finished = finished or (folder if folder.identity.finished else None)
+        where = _path(checkpoint_dir, experiment, 1).absolute()
+        if finished is not None:
+            raise UserError(
+                f"nothing to resume: the newest run of experiment '{experiment}' at scale {scale} "
+                f"is finished ({finished.path}); leave out resume to begin another"
+            )
+        raise UserError(
+            f"nothing to resume: no checkpoint of experiment '{experiment}' at scale {scale} "
+            f"under {where}; check the experiment's name and checkpoint_dir"
+        )
+
+    def mark_finished(self) -> None:
+        self.identity = replace(self.identity, finished=True)
+        self._write_identity()
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that ended before its first checkpoint."""
+        if not any(self.path.glob("step_*")):
+            for name in (RUN_FILE, VERDICTS_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def append_verdict(self, rows: Iterable[dict[str, Any]]) -> None:
+        with (self.path / VERDICTS_FILE).open("a", encoding="utf-8") as stream:
+            # The line break comes first, so that a line torn by a kill spoils no other.
+            stream.writelines("\n" + json.dumps(row) for row in rows)
+
+    def read_verdicts(self) -> list[dict[str, Any]]:
+        """Return a row per gate decided so far; a line torn by a kill is left out."""
+        path = self.path / VERDICTS_FILE
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def _write_identity(self) -> None:
+        temporary = self.path / f".{RUN_FILE}"
+        temporary.write_text(json.dumps(asdict(self.identity), indent=1), encoding="utf-8")
+        temporary.rename(self.path / RUN_FILE)
+
+
+def _path(checkpoint_dir: str, experiment: str, number: int) -> Path:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip(".-") or "run"
+    return Path(checkpoint_dir).expanduser() / (name if number == 1 else f"{name}-{number}")
+
+
+def _existing(checkpoint_dir: str, experiment: str) -> Iterable[RunFolder]:
+    number = 1
+    while (path := _path(checkpoint_dir, experiment, number)).exists():
+        if (path / RUN_FILE).is_file():
+            identity = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+            yield RunFolder(path, RunIdentity(**identity))
+        number += 1

@@ -1,0 +1,507 @@
+"""One run from top to bottom: plan, train, gate, save, register. The only wiring."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svend.data.corpus import Corpus, build_corpus
+from svend.data.stream import BatchStream, PackedSequences
+from svend.device import (
+    check_precision,
+    describe_device,
+    keep_freed_memory,
+    peak_bytes,
+    resolve_device,
+)
+from svend.errors import GateFailure, Interrupted, UserError
+from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.checkpoints import Checkpoint, CheckpointManager
+from svend.pipeline.config import ModelScale, PipelineConfig, to_tree, to_yaml
+from svend.pipeline.interruption import StopSignals
+from svend.pipeline.report import (
+    TrainingProgress,
+    make_console,
+    show_next_steps,
+    show_plan,
+    verdict_table,
+)
+from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.validation import (
+    Evidence,
+    GateLevel,
+    Measurement,
+    PipelineValidator,
+    ValidationResult,
+)
+from svend.planning.plan import RunPlan, check_memory, plan_run
+from svend.tracking.registry import RegisteredVersion, register_checkpoint
+from svend.tracking.run import TrackedRun, environment_tags, installed_packages
+from svend.training.loop import StepMetrics, train_steps
+from svend.training.state import TrainState, build_state
+
+ModelFactory = Callable[[ModelScale], nn.Module]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """How a run ended. `final_loss` is the held-out loss last measured, NaN if none was."""
+
+    scale: ModelScale
+    success: bool
+    final_loss: float
+    training_time_seconds: float
+    reason: str | None = None
+    interrupted: bool = False
+    run_id: str | None = None
+    checkpoint_dir: Path | None = None
+    registered: RegisteredVersion | None = None
+
+
+@dataclass
+class _Job:
+    """What one run works with, from its plan to its end."""
+
+    config: PipelineConfig
+    device: torch.device
+    corpus: Corpus
+    heldout: PackedSequences
+    plan: RunPlan
+    state: TrainState
+    tracked: TrackedRun
+    folder: RunFolder
+    manager: CheckpointManager
+    logged_step: int = 0
+    saved_step: int = 0
+    final_loss: float = math.nan
+
+
+class PipelineRunner:
+    """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
+
+    model_factory: builds the model of a scale in place of ReasoningTransformer.
+    """
+
+    def __init__(self, config: PipelineConfig, model_factory: ModelFactory | None = None) -> None:
+        self.config = config
+        self.model_factory = model_factory
+        self.validator = PipelineValidator(
+            strict=config.strict_validation,
+            gates=config.gates,
+            thresholds=config.training.validation_gates,
+        )
+        self._console = make_console()
+
+    def run(self, resume: bool = False) -> PipelineResult:
+        """Train, gate, checkpoint and register; with `resume`, go on where the last run stopped.
+
+        A user's mistake, a failed gate and an interruption end the run and are returned as its
+        reason; anything else is a bug, ends the run as FAILED, and is raised.
+        """
+        started_seconds = time.monotonic()
+        self._job: _Job | None = None
+        tracked: TrackedRun | None = None
+        status, reason = "FINISHED", None
+        registered = None
+        with StopSignals() as signals:
+            try:
+                config = self.config.resolve()
+                folder = self._folder_to_resume(config) if resume else None
+                tracked = self._track(config, folder)
+                with self._console.status("preparing"):
+                    job = self._job = self._prepare(config, tracked, folder)
+                show_plan(self._console, job.config, job.plan, job.corpus,
+                          describe_device(job.device))
+                self._train(job, signals)
+                registered = self._finish(job)
+            except UserError as error:
+                status, reason = "FAILED", str(error)
+            except Interrupted as interruption:
+                status, reason = "KILLED", str(interruption)
+            except BaseException as error:
+                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                if self._job is not None:
+                    self._job.folder.discard_if_empty()
+                if tracked is not None:
+                    tracked.end(status, reason)
+        return PipelineResult(
+            scale=self.config.training.model_scale,
+            success=status == "FINISHED",
+            final_loss=self._job.final_loss if self._job else math.nan,
+            training_time_seconds=time.monotonic() - started_seconds,
+            reason=reason,
+            interrupted=status == "KILLED",
+            run_id=tracked.run_id if tracked else None,
+            checkpoint_dir=self._job.folder.path if self._job else None,
+            registered=registered,
+        )
+
+    def _folder_to_resume(self, config: PipelineConfig) -> RunFolder:
+        training = config.training
+        return RunFolder.find_unfinished(
+            config.checkpoint_dir, training.experiment_name, training.model_scale.value
+        )
+
+    def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
+        if folder is not None:
+            return TrackedRun.resume(folder.identity.run_id)
+        training = config.training
+        name = f"{training.model_scale.value}-{training.data.recipe}"
+        return TrackedRun.begin(training.experiment_name, name)
+
+    def _prepare(
+        self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None
+    ) -> _Job:
+        """Check everything that can be checked before step 1, and build what the run needs."""
+        training, model_config = config.training, config.model
+        assert model_config is not None  # set by PipelineConfig.resolve
+        keep_freed_memory()
+        device = resolve_device(training.device)
+        check_precision(training.precision, device)
+        memory = check_memory(model_config, training, device)
+        corpus = build_corpus(
+            training.data, model_config.vocab_size, training.seed,
+            lambda text: self._console.print(f"data: {text}"),
+        )
+        sequences = PackedSequences(corpus.train, training.data, training.seed)
+        heldout = PackedSequences(corpus.heldout, training.data, training.seed)
+        sequences_per_step = training.batch_size * training.gradient_accumulation_steps
+        one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
+        total_steps = training.max_steps or one_run
+        plan = plan_run(config, total_steps, memory, device)
+        _track_inputs(tracked, config, corpus, plan, describe_device(device))
+        model = self._build_model(config, device)
+        if plan.compile and isinstance(model, ReasoningTransformer):
+            model.compile_blocks()
+        stream = BatchStream(sequences, training.batch_size)
+        state = build_state(model, stream, training, total_steps, device)
+        if folder is None:
+            identity = RunIdentity(
+                tracked.run_id, tracked.tracking_uri, training.model_scale.value
+            )
+            folder = RunFolder.create(config.checkpoint_dir, training.experiment_name, identity)
+        manager = CheckpointManager(folder.path, training.save_total_limit)
+        job = _Job(config, device, corpus, heldout, plan, state, tracked, folder, manager)
+        if manager.list_checkpoints():
+            _, _, extra = manager.load_latest(
+                state.model, state.optimizer, state.scheduler, state.scaler
+            )
+            state.load_extra_state(extra)
+            job.saved_step = state.step
+            # Steps between the checkpoint and a kill are trained again, to the same values.
+            job.logged_step = tracked.last_step("train/loss")
+            self._console.print(f"resuming run {tracked.run_id} from step {state.step}")
+        return job
+
+    def _build_model(self, config: PipelineConfig, device: torch.device) -> nn.Module:
+        assert config.model is not None  # set by PipelineConfig.resolve
+        torch.manual_seed(config.training.seed)
+        if self.model_factory is not None:
+            model = self.model_factory(config.training.model_scale)
+        else:
+            with torch.device("meta"):
+                model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
+            model.to_empty(device=device)
+            model.initialize(config.training.seed)
+        if isinstance(model, ReasoningTransformer):
+            model.gradient_checkpointing = config.training.gradient_checkpointing
+        return model
+
+    def _train(self, job: _Job, signals: StopSignals) -> None:
+        """Iterate the loop; decide after each step whether to log, gate, save or stop."""
+        training, total_steps = job.config.training, job.plan.total_steps
+        if job.state.step == 0:
+            self._evaluate(job)
+        pending: list[StepMetrics] = []
+        with TrainingProgress(self._console, total_steps, job.state.step) as progress:
+            with signals.deferred():
+                for metrics in train_steps(job.state, training, total_steps):
+                    step, last = metrics.step, metrics.step == total_steps
+                    pending.append(metrics)
+                    quick = step % training.quick_gate_steps == 0 or last
+                    save = step % training.save_steps == 0 or last
+                    read = step % training.logging_steps == 0 or quick or save
+                    loss = speed = None
+                    if read or signals.requested:
+                        loss, speed = self._log(job, pending)
+                        pending.clear()
+                    progress.advance(step, loss, speed)
+                    if loss is not None and (quick or not math.isfinite(loss)):
+                        self._gate_quick(job, loss)
+                    if save:
+                        self._evaluate_and_save(job, metrics)
+                    if signals.requested and not last:
+                        self._stop(job, signals)
+
+    def _log(self, job: _Job, pending: list[StepMetrics]) -> tuple[float, float]:
+        """Read the pending steps from the device and log them; return last loss and tokens/s."""
+        losses = [float(metrics.loss) for metrics in pending]
+        norms = [float(metrics.gradient_norm) for metrics in pending]
+        # After the reads, which wait for the device: the time is that of finished work.
+        seconds = time.perf_counter() - pending[0].started_seconds
+        tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
+        flops_per_second = tokens_per_second * job.plan.flops_per_token
+        for metrics, loss, norm in zip(pending, losses, norms, strict=True):
+            if metrics.step <= job.logged_step:
+                continue
+            job.tracked.log_metrics(
+                {
+                    "train/loss": loss,
+                    "train/gradient_norm": norm,
+                    "train/learning_rate": metrics.learning_rate,
+                    "train/tokens": metrics.tokens,
+                    "train/flops": float(metrics.step) * job.plan.tokens_per_step
+                    * job.plan.flops_per_token,
+                    "train/tokens_per_second": tokens_per_second,
+                    "train/flops_per_second": flops_per_second,
+                    "train/peak_fraction": flops_per_second / job.plan.peak_flops,
+                },
+                metrics.step,
+            )
+        return losses[-1], tokens_per_second
+
+    def _gate_quick(self, job: _Job, loss: float) -> None:
+        evidence = Evidence(
+            job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
+        )
+        verdict = self.validator.validate_quick(job.state.model, loss, job.state.step, evidence)
+        self._record(job, verdict)
+
+    def _evaluate(self, job: _Job) -> HeldoutLoss:
+        training = job.config.training
+        measured = measure_heldout_loss(
+            job.state.model, job.heldout, training.heldout_sequences, training.precision, job.device
+        )
+        job.final_loss = measured.loss
+        job.tracked.log_metrics(
+            {"eval/heldout_loss": measured.loss, "eval/perplexity": measured.perplexity},
+            job.state.step,
+        )
+        return measured
+
+    def _evaluate_and_save(self, job: _Job, metrics: StepMetrics) -> None:
+        """Measure the weights, save them, and decide STANDARD and QUICK on what was saved."""
+        measured = self._evaluate(job)
+        values = {"loss": measured.loss, "perplexity": measured.perplexity,
+                  "gradient_norm": float(metrics.gradient_norm)}
+        checkpoint = self._save(job, values)
+        evidence = Evidence(
+            job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
+        )
+        quick = self.validator.validate_quick(
+            job.state.model, measured.loss, job.state.step, evidence
+        )
+        standard = self.validator.decide(
+            GateLevel.STANDARD,
+            {
+                "loss": Measurement(measured.loss, measured.interval, measured.tokens),
+                "perplexity": Measurement(
+                    measured.perplexity, measured.perplexity_interval, measured.tokens
+                ),
+                "gradient_norm": Measurement(values["gradient_norm"]),
+            },
+            evidence,
+        )
+        self._record(job, quick)
+        self._record(job, standard)
+
+    def _save(self, job: _Job, metrics: Mapping[str, float]) -> Checkpoint:
+        state = job.state
+        checkpoint_id = job.manager.save(
+            state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
+            metrics, state.extra_state(), state.scaler,
+        )
+        job.saved_step = state.step
+        job.tracked.flush()
+        return next(
+            c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
+        )
+
+    def _record(self, job: _Job, verdict: ValidationResult) -> None:
+        """Keep a verdict in the run folder and in MLflow; stop the run if it fails and is strict."""
+        job.folder.append_verdict(verdict.rows())
+        job.tracked.log_metrics(
+            {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
+             for result in verdict.gates},
+            job.state.step,
+        )
+        for warning in verdict.warnings:
+            self._console.print(f"warning: {verdict.level.name} gate {warning}")
+        if not verdict.passed:
+            line = f"{verdict.level.name} gate failed at step {job.state.step}: " + "; ".join(
+                verdict.failures
+            )
+            if self.validator.strict:
+                _track_verdicts(job)
+                raise GateFailure(line)
+            self._console.print(f"warning: {line}")
+
+    def _stop(self, job: _Job, signals: StopSignals) -> None:
+        """Save, and end the run in a way that can be resumed."""
+        assert signals.requested is not None
+        if job.saved_step < job.state.step:
+            self._save(job, {})
+        _track_verdicts(job)
+        raise Interrupted(
+            f"interrupted by {signals.requested.name} at step {job.state.step} of "
+            f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
+        )
+
+    def _finish(self, job: _Job) -> RegisteredVersion | None:
+        """Register the best checkpoint with the levels that it passed, and report."""
+        _track_verdicts(job)
+        job.tracked.log_metrics(
+            {"measured/peak_memory_gb": peak_bytes(job.device) / 1e9}, job.state.step
+        )
+        best = job.manager.best()
+        rows = job.folder.read_verdicts()
+        registered, aliases = None, []
+        if best is not None:
+            rows = [row for row in rows if row["checkpoint_sha256"] == best.weights_sha256]
+            aliases = _passed_levels(rows)
+            registered = _register(job, best, rows, aliases)
+            self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
+        for level in (GateLevel.FULL, GateLevel.PRODUCTION):
+            gates = getattr(job.config.gates, level.value)
+            needed = ", ".join(gate.metric_name for gate in gates)
+            self._console.print(f"{level.value}: not decided; needs {needed}, not measured here")
+        job.folder.mark_finished()
+        show_next_steps(
+            self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,
+            job.folder.path, registered, aliases,
+        )
+        return registered
+
+
+def _track_inputs(
+    tracked: TrackedRun, config: PipelineConfig, corpus: Corpus, plan: RunPlan, device: str
+) -> None:
+    """Log what the run is made of, before its first step."""
+    data = config.training.data
+    tracked.log_params(dict(_flatten(to_tree(config), "config")))
+    tracked.set_tags({
+        **environment_tags(),
+        "svend.scale": config.training.model_scale.value,
+        "svend.profile": config.profile,
+        "svend.recipe": data.recipe,
+        "svend.device": device,
+        "svend.data_fingerprint": corpus.fingerprint,
+        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+        "mlflow.note.content": _describe(config, plan, corpus),
+    })
+    tracked.log_text(to_yaml(config), "config.yaml")
+    tracked.log_text(corpus.tokenizer.to_json(), "tokenizer.json")
+    tracked.log_text(installed_packages(), "packages.txt")
+    for count in corpus.counts:
+        for context, documents, tokens in (
+            ("train", count.train_documents, count.train_tokens),
+            ("heldout", count.heldout_documents, count.heldout_tokens),
+        ):
+            tags = {"documents": str(documents), "tokens": str(tokens), "kind": count.kind,
+                    "fingerprint": corpus.fingerprint}
+            place = str(data.path or count.identity.get("repository") or "made on the spot")
+            tracked.log_dataset(count.source, corpus.fingerprint, context, place, tags)
+    tracked.log_metrics(
+        {
+            "plan/parameters": plan.parameters,
+            "plan/tokens": plan.tokens,
+            "plan/flops": plan.flops,
+            "plan/peak_memory_gb": plan.memory.total / 1e9,
+            "plan/seconds": plan.seconds,
+            "plan/matmul_peak_flops_per_second": plan.peak_flops,
+        },
+        0,
+    )
+    tracked.flush()
+
+
+def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
+    """A description for the run's page."""
+    data = config.training.data
+    assert config.model is not None  # set by PipelineConfig.resolve
+    return (
+        f"**{config.model.name}** ({plan.parameters:,} parameters), profile {config.profile}, "
+        f"on {data.recipe}: {', '.join(data.sources)} ({data.purpose}).\n\n"
+        f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens; "
+        f"data fingerprint `{corpus.fingerprint[:16]}`."
+    )
+
+
+def _track_verdicts(job: _Job) -> None:
+    rows = job.folder.read_verdicts()
+    if rows:
+        columns = list(rows[0])
+        lines = [",".join(columns)]
+        lines += [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in rows]
+        job.tracked.log_text("\n".join(lines) + "\n", "verdicts.csv")
+
+
+def _passed_levels(rows: list[dict[str, Any]]) -> list[str]:
+    """The levels whose required gates all passed, up to the first that did not."""
+    passed = []
+    for level in GateLevel:
+        of_level = [row for row in rows if row["level"] == level.value]
+        if not of_level or not all(row["passed"] or not row["required"] for row in of_level):
+            break
+        passed.append(level.value)
+    return passed
+
+
+def _register(
+    job: _Job, best: Checkpoint, rows: list[dict[str, Any]], aliases: list[str]
+) -> RegisteredVersion:
+    model, corpus = job.config.model, job.corpus
+    assert model is not None  # set by PipelineConfig.resolve
+    config_path = job.folder.path / "config.yaml"
+    config_path.write_text(to_yaml(job.config), encoding="utf-8")
+    tokenizer_path = job.folder.path / "tokenizer.json"
+    tokenizer_path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+    tags = {
+        "svend.run_id": job.tracked.run_id,
+        "svend.checkpoint_sha256": best.weights_sha256,
+        "svend.data_fingerprint": corpus.fingerprint,
+        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+        "svend.step": str(best.step),
+        "svend.stage": aliases[-1] if aliases else "none",
+    }
+    for row in rows:
+        verdict = "passed" if row["passed"] else "failed"
+        tags[f"gate.{row['level']}.{row['gate']}"] = (
+            f"{verdict}: {row['metric']} = {row['value']:.6g}, "
+            f"must be {row['comparison']} {row['threshold']:g}"
+        )
+    return register_checkpoint(
+        model.name,
+        [best.path / "model.pt", best.path / "metadata.json", config_path, tokenizer_path],
+        job.tracked.run_id,
+        best.step,
+        {"scale": job.config.training.model_scale.value, "step": str(best.step),
+         "sha256": best.weights_sha256},
+        tags,
+        aliases,
+        f"Svend {model.name}: {model.num_parameters():,} parameters, "
+        f"{model.num_hidden_layers} layers of {model.hidden_size}. The aliases quick, standard, "
+        "full and production are the gate levels that a version has passed.",
+    )
+
+
+def _flatten(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Return a config tree as dotted keys; a list of gates by the gates' names."""
+    if isinstance(tree, dict):
+        return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}.{key}")]
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return [(f"{prefix}.{gate['name']}",
+                 f"{gate['metric_name']} {gate['comparison']} {gate['threshold']:g}")
+                for gate in tree]
+    return [(prefix, tree)]

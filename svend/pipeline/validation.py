@@ -1,0 +1,227 @@
+"""Gates, and the verdicts that they give: each a piece of evidence, not a log line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from svend.errors import ConfigError
+from svend.pipeline.config import GatesConfig, ValidationGate
+
+__all__ = ["Evidence", "GateLevel", "GateResult", "Measurement", "PipelineValidator",
+           "ValidationGate", "ValidationResult"]
+
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+               "==": operator.eq}
+
+
+class GateLevel(Enum):
+    """The four levels, from the most lenient to the strictest; each is a stage in the registry."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    FULL = "full"
+    PRODUCTION = "production"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured value, with its 95% confidence interval and sample size where it is a sample."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    sample_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured, on what, by which run."""
+
+    step: int | None = None
+    checkpoint_sha256: str | None = None
+    data_fingerprint: str | None = None
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate's decision. A metric that was not measured is a failure, named as such."""
+
+    gate: ValidationGate
+    measurement: Measurement | None
+
+    @property
+    def passed(self) -> bool:
+        if self.measurement is None or math.isnan(self.measurement.value):
+            return False
+        compare = COMPARISONS[self.gate.comparison]
+        return bool(compare(self.measurement.value, self.gate.threshold))
+
+    @property
+    def condition(self) -> str:
+        """The gate's condition as text: `perplexity < 1000`."""
+        return f"{self.gate.metric_name} {self.gate.comparison} {self.gate.threshold:g}"
+
+    @property
+    def failure(self) -> str:
+        """Why the gate failed."""
+        if self.measurement is None:
+            return f"{self.gate.name}: {self.gate.metric_name} was not measured"
+        return f"{self.gate.name}: {self.measurement.value:.4g}, must be {self.condition}"
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """The verdict of one level: every gate's decision, and the evidence it rests on."""
+
+    level: GateLevel
+    gates: list[GateResult]
+    evidence: Evidence = field(default_factory=Evidence)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every required gate passed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """The required gates that failed, each with its reason."""
+        return [result.failure for result in self.gates
+                if result.gate.required and not result.passed]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The advisory gates that failed, each with its reason."""
+        return [result.failure for result in self.gates
+                if not result.gate.required and not result.passed]
+
+    def summary(self) -> str:
+        """Return the verdict as a few lines of text."""
+        verdict = "PASS" if self.passed else "FAIL"
+        at_step = "" if self.evidence.step is None else f" at step {self.evidence.step}"
+        lines = [f"{self.level.name} gate{at_step}: {verdict}"]
+        for result in self.gates:
+            mark = "pass" if result.passed else "FAIL" if result.gate.required else "warn"
+            value = "not measured" if result.measurement is None else _format(result.measurement)
+            lines.append(f"  {mark}  {result.gate.name}: {value} ({result.condition})")
+        return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat record per gate, as it is tracked and stored."""
+        rows = []
+        for result in self.gates:
+            measurement = result.measurement
+            low, high = (measurement.interval if measurement and measurement.interval
+                         else (None, None))
+            rows.append({
+                "level": self.level.value,
+                "gate": result.gate.name,
+                "metric": result.gate.metric_name,
+                "value": None if measurement is None else measurement.value,
+                "low_95": low,
+                "high_95": high,
+                "sample_size": None if measurement is None else measurement.sample_size,
+                "comparison": result.gate.comparison,
+                "threshold": result.gate.threshold,
+                "required": result.gate.required,
+                "passed": result.passed,
+                **dataclasses.asdict(self.evidence),
+            })
+        return rows
+
+
+class PipelineValidator:
+    """Decides gates and keeps the history of its verdicts.
+
+    strict: whether the runner stops at a required gate that fails. custom_gates: gates of one's
+    own, decided at FULL. gates: the built-in ones (default: `conf/gates/guide.yaml`). thresholds:
+    replacements for the built-in thresholds, by gate name or by `min_` or `max_` and a metric;
+    they touch QUICK, STANDARD and FULL, never PRODUCTION.
+    """
+
+    def __init__(
+        self,
+        strict: bool = True,
+        custom_gates: Iterable[ValidationGate] = (),
+        gates: GatesConfig | None = None,
+        thresholds: Mapping[str, float] | None = None,
+    ) -> None:
+        self.strict = strict
+        self.history: list[ValidationResult] = []
+        built_in = gates or GatesConfig()
+        self._gates = {level: list(getattr(built_in, level.value)) for level in GateLevel}
+        self._gates[GateLevel.FULL] += list(custom_gates)
+        for name, threshold in (thresholds or {}).items():
+            self._set_threshold(name, threshold)
+
+    def decide(
+        self,
+        level: GateLevel,
+        measurements: Mapping[str, Measurement],
+        evidence: Evidence = Evidence(),  # noqa: B008 - frozen
+    ) -> ValidationResult:
+        """Decide a level's gates on these measurements, by metric name."""
+        results = [GateResult(gate, measurements.get(gate.metric_name))
+                   for gate in self._gates[level]]
+        verdict = ValidationResult(level, results, evidence)
+        self.history.append(verdict)
+        return verdict
+
+    def validate_quick(
+        self, model: nn.Module, loss: float, step: int, evidence: Evidence | None = None
+    ) -> ValidationResult:
+        """Decide QUICK: is the loss sane, is every weight finite?"""
+        measurements = {
+            "loss": Measurement(loss),
+            "nonfinite_parameters": Measurement(count_nonfinite_parameters(model)),
+        }
+        return self.decide(GateLevel.QUICK, measurements, evidence or Evidence(step=step))
+
+    def print_summary(self) -> None:
+        """Print every verdict so far."""
+        for verdict in self.history:
+            print(verdict.summary())
+
+    def _set_threshold(self, name: str, threshold: float) -> None:
+        bounds = {"min_": (">", ">="), "max_": ("<", "<=")}
+        found = False
+        for level in (GateLevel.QUICK, GateLevel.STANDARD, GateLevel.FULL):
+            for index, gate in enumerate(self._gates[level]):
+                # max_loss is about training that works: QUICK's bound only catches explosions.
+                bounded = level is not GateLevel.QUICK and any(
+                    name == prefix + gate.metric_name and gate.comparison in signs
+                    for prefix, signs in bounds.items()
+                )
+                if name == gate.name or bounded:
+                    self._gates[level][index] = dataclasses.replace(gate, threshold=threshold)
+                    found = True
+        if not found:
+            known = sorted({gate.name for level in (GateLevel.QUICK, GateLevel.STANDARD,
+                                                    GateLevel.FULL) for gate in self._gates[level]})
+            raise ConfigError(
+                f"training.validation_gates.{name}: no such gate below production; known: "
+                f"{', '.join(known)}, or min_ or max_ with a metric's name"
+            )
+
+
+def count_nonfinite_parameters(model: nn.Module) -> int:
+    """Return how many weights are NaN or infinite; waits for the device once."""
+    with torch.no_grad():
+        counts = [(~torch.isfinite(parameter)).sum() for parameter in model.parameters()]
+        return int(torch.stack(counts).sum()) if counts else 0
+
+
+def _format(measurement: Measurement) -> str:
+    text = f"{measurement.value:.4g}"
+    if measurement.interval is not None:
+        low, high = measurement.interval
+        text += f" [{low:.4g}, {high:.4g}]"
+    return text

@@ -1,0 +1,75 @@
+"""Peak memory of a training run, predicted from its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svend.models.loss import CHUNK_ROWS
+from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted peak, in bytes, by what holds it."""
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        parts = (self.process, self.weights, self.gradients, self.optimizer, self.activations)
+        return sum(parts) + self.head
+
+
+def predict_memory(model: ModelConfig, training: TrainingConfig, process_bytes: int) -> MemoryPlan:
+    """Predict the peak memory of training this model.
+
+    `process_bytes` is what the process holds before the model exists (on CUDA: the context).
+    fp32 weights and gradients and two AdamW moments are 16 bytes a parameter; lower precision
+    adds a copy of the matrices in it. Activations count what each operation of a block keeps for
+    its backward pass, uncompiled, which is the larger case; docs/experiments.md holds the
+    prediction against the measurement.
+    """
+    length = training.data.max_seq_length
+    assert length is not None  # set by PipelineConfig.resolve
+    parameters = model.num_parameters()
+    matrices = model.num_block_parameters() + model.vocab_size * model.hidden_size
+    width = 4 if training.precision is Precision.FP32 else 2
+    copies = 0 if training.precision is Precision.FP32 else width * matrices
+    tokens = training.batch_size * length
+    return MemoryPlan(
+        process=process_bytes,
+        weights=FP32_BYTES * parameters + copies,
+        gradients=FP32_BYTES * parameters,
+        optimizer=2 * FP32_BYTES * parameters,
+        activations=tokens * _activation_bytes_per_token(model, training, width),
+        head=_head_bytes(model, tokens, width),
+    )
+
+
+def _activation_bytes_per_token(
+    model: ModelConfig, training: TrainingConfig, width: int
+) -> int:
+    d, f = model.hidden_size, model.intermediate_size
+    # Two norms keep three fp32 tensors each; rotary, attention and its output keep query, key
+    # and value at full heads, twice over where they are rotated or repeated; SwiGLU keeps four.
+    norms = 2 * 3 * FP32_BYTES * d
+    attention = 10 * width * d
+    feed_forward = width * (d + 4 * f)
+    block = norms + attention + feed_forward
+    if not training.gradient_checkpointing:
+        return model.num_hidden_layers * block
+    return model.num_hidden_layers * width * d + block
+
+
+def _head_bytes(model: ModelConfig, tokens: int, width: int) -> int:
+    """One chunk of logits in three fp32 and two low-precision forms, and the head's gradient."""
+    rows = min(tokens, CHUNK_ROWS)
+    logits = rows * model.vocab_size * (3 * FP32_BYTES + 2 * width)
+    return logits + FP32_BYTES * model.vocab_size * model.hidden_size

@@ -1,0 +1,108 @@
+"""The plan of a run: what it will train, on what, for how long, in how much memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from svend.device import available_bytes, has_cpp_compiler
+from svend.errors import ResourceError
+from svend.pipeline.config import Compile, ModelConfig, PipelineConfig, TrainingConfig
+from svend.planning.flops import forward_flops_per_token, train_flops_per_token
+from svend.planning.memory import MemoryPlan, predict_memory
+from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
+
+CUDA_CONTEXT_BYTES = 500_000_000
+# A run predicted to take longer than this, in seconds, earns back the time to compile.
+COMPILE_WORTH_SECONDS = {"cpu": 900.0, "cuda": 120.0}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Figures of a run before step 1. Times are predicted from measurements on this machine."""
+
+    parameters: int
+    total_steps: int
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float
+    memory: MemoryPlan
+    available_bytes: int
+    seconds: float
+    compile: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.total_steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        return float(self.tokens) * self.flops_per_token
+
+
+def check_memory(
+    model: ModelConfig, training: TrainingConfig, device: torch.device
+) -> tuple[MemoryPlan, int]:
+    """Predict the peak memory; raise ResourceError, with what to change, if it cannot fit."""
+    held = psutil.Process().memory_info().rss if device.type == "cpu" else CUDA_CONTEXT_BYTES
+    memory = predict_memory(model, training, held)
+    available = available_bytes(device)
+    if memory.total > available:
+        fixed = memory.total - memory.activations
+        remedy = (
+            "choose a smaller scale or a machine with more memory"
+            if fixed > available or training.batch_size == 1
+            else "lower training.batch_size, or set training.gradient_checkpointing=true"
+        )
+        raise ResourceError(
+            f"{model.name} needs about {memory.total / 1e9:.1f} GB to train "
+            f"(weights, gradients and AdamW state {_state_bytes(memory) / 1e9:.1f} GB), and "
+            f"{available / 1e9:.1f} GB are available on {device.type}; {remedy}"
+        )
+    return memory, available
+
+
+def plan_run(
+    config: PipelineConfig, total_steps: int, memory: tuple[MemoryPlan, int], device: torch.device
+) -> RunPlan:
+    """Measure this machine for a second or two and return the plan of the run."""
+    model, training = config.model, config.training
+    length = training.data.max_seq_length
+    assert model is not None and length is not None  # set by PipelineConfig.resolve
+    peak_flops = measure_matmul_peak(training.precision, device)
+    micro_seconds, update_seconds = measure_micro_batch_seconds(model, training, device)
+    accumulation = training.gradient_accumulation_steps
+    tokens_per_step = accumulation * training.batch_size * length
+    seconds = total_steps * (accumulation * micro_seconds + update_seconds)
+    evaluations = -(-total_steps // training.save_steps)
+    forward_share = forward_flops_per_token(model, length) / train_flops_per_token(model, length)
+    sequence_seconds = micro_seconds / training.batch_size * forward_share
+    seconds += evaluations * training.heldout_sequences * sequence_seconds
+    return RunPlan(
+        parameters=model.num_parameters(),
+        total_steps=total_steps,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=train_flops_per_token(model, length),
+        peak_flops=peak_flops,
+        memory=memory[0],
+        available_bytes=memory[1],
+        seconds=seconds,
+        compile=_decide_compile(training, seconds, device),
+    )
+
+
+def _decide_compile(training: TrainingConfig, seconds: float, device: torch.device) -> bool:
+    compilable = device.type == "cuda" or has_cpp_compiler()
+    if training.compile is Compile.ON and not compilable:
+        raise ResourceError(
+            "training.compile = on: no C++ compiler found; install g++, or set training.compile=off"
+        )
+    if training.compile is Compile.AUTO:
+        return compilable and seconds > COMPILE_WORTH_SECONDS[device.type]
+    return training.compile is Compile.ON
+
+
+def _state_bytes(memory: MemoryPlan) -> int:
+    return memory.weights + memory.gradients + memory.optimizer

@@ -1,0 +1,81 @@
+"""Short measurements on this machine, by which a run's time is predicted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from svend.device import DTYPES, autocast
+from svend.models.config import TransformerConfig
+from svend.models.loss import summed_linear_cross_entropy
+from svend.models.transformer import Block, rotary_tables
+from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
+
+
+def measure_matmul_peak(precision: Precision, device: torch.device) -> float:
+    """Return the fastest rate of a large square matrix product, in FLOPs per second."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(DTYPES[precision])
+    out = torch.empty_like(a)
+    seconds = _fastest(lambda: torch.matmul(a, a, out=out), device, repeats=8)
+    return 2 * size**3 / seconds
+
+
+def measure_micro_batch_seconds(
+    model: ModelConfig, training: TrainingConfig, device: torch.device
+) -> tuple[float, float]:
+    """Return predicted seconds of a micro-batch (forward and backward) and of an update.
+
+    One block and the head are run at the real shape, uncompiled, and scaled to the whole model.
+    """
+    length = training.data.max_seq_length
+    assert length is not None  # set by PipelineConfig.resolve
+    shape = TransformerConfig.from_model_config(model)
+    dtype = DTYPES[training.precision]
+    batch = training.batch_size
+    with device:
+        block = Block(shape)
+        x_BTD = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
+        positions_BT = torch.arange(length).expand(batch, length)
+        tables = rotary_tables(positions_BT, model.head_size, model.rope_theta)
+        mask_B1TT = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+        # Small, as a real head is: large logits underflow, and subnormal numbers are slow.
+        head_VD = (0.02 * torch.randn(model.vocab_size, model.hidden_size)).requires_grad_()
+        labels_N = torch.zeros(batch * length, dtype=torch.int64)
+    cos_B1TS, sin_B1TS = (table.to(dtype) for table in tables)
+    optimizer = torch.optim.AdamW(block.parameters(), fused=True)
+
+    def run_block() -> None:
+        with autocast(training.precision, device):
+            out_BTD = block(x_BTD, cos_B1TS, sin_B1TS, mask_B1TT)
+        out_BTD.sum().backward()
+
+    def run_head() -> None:
+        with autocast(training.precision, device):
+            loss = summed_linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_N)
+        loss.backward()
+
+    block_seconds = _fastest(run_block, device, repeats=3)
+    if training.gradient_checkpointing:
+        block_seconds *= 4 / 3  # the forward pass runs twice
+    head_seconds = _fastest(run_head, device, repeats=3)
+    block_parameters = model.num_block_parameters() / model.num_hidden_layers
+    update_seconds = _fastest(optimizer.step, device, repeats=3)
+    return (
+        model.num_hidden_layers * block_seconds + head_seconds,
+        update_seconds * model.num_parameters() / block_parameters,
+    )
+
+
+def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the least time of several runs, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,85 @@
+"""The model registry: a checkpoint becomes a version, and a passed level an alias."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version in the registry; `linked` says that its files take no disk space of their own."""
+
+    name: str
+    version: str
+    model_uri: str
+    linked: bool
+
+
+def register_checkpoint(
+    name: str,
+    files: Sequence[Path],
+    run_id: str,
+    step: int,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    aliases: Sequence[str],
+    description: str,
+) -> RegisteredVersion:
+    """Register files as a new version of `name`, and point the aliases at it.
+
+    Where the artifact store is on the same file system the files are hard links, not copies. Tags, the evidence, come before aliases, the claim.
+    """
+    client = MlflowClient()
+    experiment_id = client.get_run(run_id).info.experiment_id
+    model = mlflow.initialize_logged_model(
+        name=f"{name}-step-{step}",
+        source_run_id=run_id,
+        model_type="checkpoint",
+        params=dict(params),
+        tags=dict(tags),
+        experiment_id=experiment_id,
+    )
+    linked = _place_files(client, model.model_id, model.artifact_location, files)
+    mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    version = mlflow.register_model(f"models:/{model.model_id}", name, tags=dict(tags))
+    for alias in aliases:
+        client.set_registered_model_alias(name, alias, str(version.version))
+    return RegisteredVersion(name, str(version.version), f"models:/{name}/{version.version}", linked)
+
+
+def _place_files(
+    client: MlflowClient, model_id: str, location: str, files: Sequence[Path]
+) -> bool:
+    """Link the files into a local artifact store, or upload them; return whether linked."""
+    parsed = urlparse(location)
+    if parsed.scheme in ("", "file"):
+        folder = Path(unquote(parsed.path))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for path in files:
+                os.link(path, folder / path.name)
+            return True
+        except OSError as error:
+            # Another file system, or one without hard links.
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+    for path in files:
+        client.log_model_artifact(model_id, str(path))
+    return False

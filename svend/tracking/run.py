@@ -1,0 +1,175 @@
+"""One tracked run: joined, begun or continued, and ended with a status and a reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.entities import Metric, Param, RunTag
+
+from svend import __version__
+
+# MLflow's limit on metrics in one request.
+BATCH_METRICS = 1000
+FLUSH_SECONDS = 5.0
+SYSTEM_METRICS_SECONDS = 5
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
+PACKAGES = ("torch", "mlflow", "omegaconf", "tokenizers", "datasets", "reasoning-gym", "numpy")
+
+
+class TrackedRun:
+    """An MLflow run that is being written to. Metrics are sent in batches."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = MlflowClient()
+        self._pending: list[Metric] = []
+        self._sent_seconds = time.monotonic()
+
+    @classmethod
+    def begin(cls, experiment_name: str, run_name: str) -> TrackedRun:
+        """Join the run that `mlflow run` made, or begin one in the experiment."""
+        joined = "MLFLOW_RUN_ID" in os.environ
+        _configure_system_metrics()
+        if not joined:
+            mlflow.set_experiment(experiment_name)
+        active = mlflow.start_run(run_name=None if joined else run_name, log_system_metrics=True)
+        run = cls(active.info.run_id)
+        if joined and GENERATED_NAME.fullmatch(active.info.run_name or ""):
+            run.set_tags({"mlflow.runName": run_name})
+        return run
+
+    @classmethod
+    def resume(cls, run_id: str) -> TrackedRun:
+        """Go on with an earlier run; the empty one that `mlflow run` made is removed."""
+        _configure_system_metrics()
+        made = os.environ.pop("MLFLOW_RUN_ID", None)
+        client = MlflowClient()
+        if made is not None and made != run_id:
+            # Ended before it is deleted, so that `mlflow run` does not touch it afterwards.
+            client.set_terminated(made, "FINISHED")
+            client.delete_run(made)
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+        experiment_id = client.get_run(run_id).info.experiment_id
+        mlflow.set_experiment(experiment_id=experiment_id)
+        mlflow.start_run(run_id=run_id, log_system_metrics=True)
+        run = cls(run_id)
+        if "svend.reason" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "svend.reason")
+        return run
+
+    @property
+    def experiment_id(self) -> str:
+        return str(self._client.get_run(self.run_id).info.experiment_id)
+
+    @property
+    def experiment_name(self) -> str:
+        return str(self._client.get_experiment(self.experiment_id).name)
+
+    @property
+    def tracking_uri(self) -> str:
+        return str(mlflow.get_tracking_uri())
+
+    def last_step(self, metric: str) -> int:
+        """Return the last step at which a metric was logged, 0 if never."""
+        history = self._client.get_metric_history(self.run_id, metric)
+        return max((point.step for point in history), default=0)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters; those of `mlflow run` itself are under other names."""
+        entries = [Param(key, "null" if value is None else str(value))
+                   for key, value in params.items()]
+        for start in range(0, len(entries), 100):
+            self._client.log_batch(self.run_id, params=entries[start : start + 100])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Queue metrics of a step; they are sent at least every few seconds of logging."""
+        now_milliseconds = int(time.time() * 1000)
+        self._pending += [Metric(k, v, now_milliseconds, step) for k, v in metrics.items()]
+        elapsed = time.monotonic() - self._sent_seconds
+        if len(self._pending) >= BATCH_METRICS or elapsed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued."""
+        while self._pending:
+            self._client.log_batch(self.run_id, metrics=self._pending[:BATCH_METRICS])
+            del self._pending[:BATCH_METRICS]
+        self._sent_seconds = time.monotonic()
+
+    def log_text(self, text: str, artifact: str) -> None:
+        self._client.log_text(self.run_id, text, artifact)
+
+    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
+        self._client.log_artifact(self.run_id, str(path), artifact_folder)
+
+    def log_dataset(
+        self, name: str, digest: str, context: str, place: str, tags: Mapping[str, str]
+    ) -> None:
+        """Log a data set as an input of the run; `digest` is cut to MLflow's 36 characters."""
+        dataset = MetaDataset(LocalArtifactDatasetSource(place), name=name, digest=digest[:36])
+        mlflow.log_input(dataset, context=context, tags=dict(tags))
+
+    def end(self, status: str, reason: str | None) -> None:
+        """End the run as FINISHED, FAILED or KILLED, with the reason as a tag."""
+        try:
+            self.flush()
+            if reason is not None:
+                self.set_tags({"svend.reason": reason[:5000]})
+        finally:
+            mlflow.end_run(status)
+
+
+def fail_joined_run(reason: str) -> None:
+    """Mark the run that `mlflow run` made as FAILED, if there is one."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        mlflow.start_run()
+        mlflow.set_tag("svend.reason", reason[:5000])
+        mlflow.end_run("FAILED")
+
+
+def environment_tags() -> dict[str, str]:
+    """Return the versions and the git commit that a run was made with, as tags."""
+    tags = {"svend.version": __version__}
+    tags |= {f"svend.package.{name}": importlib.metadata.version(name) for name in PACKAGES}
+    root = Path(__file__).resolve().parents[2]
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is not None:
+        tags["svend.git_commit"] = commit
+        tags["svend.git_dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
+    return tags
+
+
+def installed_packages() -> str:
+    """Return every installed distribution with its version, as requirements."""
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    return "\n".join(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)) + "\n"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _configure_system_metrics() -> None:
+    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
+    mlflow.set_system_metrics_samples_before_logging(2)

@@ -1,0 +1,92 @@
+"""The training loop: a generator that yields once per optimizer step.
+
+Whoever iterates decides when to log, evaluate, gate, save or stop. The loop itself never waits
+for the device: losses and norms are handed out as tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svend.models.loss import IGNORE_LABEL, next_token_labels
+from svend.pipeline.config import TrainingConfig
+from svend.device import autocast
+from svend.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    `loss` (nats per predicted token, over the whole step) and `gradient_norm` (before clipping)
+    are scalars on the device: reading them waits for it. `tokens` counts the run's predicted
+    tokens so far.
+    """
+
+    step: int
+    loss: Tensor
+    gradient_norm: Tensor
+    learning_rate: float
+    tokens: int
+    started_seconds: float
+
+
+def train_steps(
+    state: TrainState, training: TrainingConfig, total_steps: int
+) -> Iterator[StepMetrics]:
+    """Train until `total_steps`, yielding after each optimizer step.
+
+    A step is `gradient_accumulation_steps` micro-batches; its loss and gradient are means over
+    all of their tokens, so that accumulation gives the update of the one large batch.
+    """
+    while state.step < total_steps:
+        started_seconds = time.perf_counter()
+        loss, step_tokens = _accumulate_gradients(state, training)
+        learning_rate = state.optimizer.param_groups[0]["lr"]
+        gradient_norm = _update(state, training.max_grad_norm)
+        state.step += 1
+        state.tokens += step_tokens
+        yield StepMetrics(
+            state.step, loss, gradient_norm, learning_rate, state.tokens, started_seconds
+        )
+
+
+def _accumulate_gradients(state: TrainState, training: TrainingConfig) -> tuple[Tensor, int]:
+    """Run the micro-batches forward and backward; return the step's loss and token count."""
+    state.model.train()
+    micro_batches = [next(state.stream) for _ in range(training.gradient_accumulation_steps)]
+    labels = [next_token_labels(b.tokens_BT, b.documents_BT) for b in micro_batches]
+    step_tokens = sum(int((labels_BT != IGNORE_LABEL).sum()) for labels_BT in labels)
+    loss = torch.zeros((), device=state.device)
+    for batch, labels_BT in zip(micro_batches, labels, strict=True):
+        on_device = batch.to(state.device)
+        with autocast(training.precision, state.device):
+            summed = state.model(
+                on_device.tokens_BT,
+                labels_BT.to(state.device, non_blocking=True),
+                on_device.documents_BT,
+            )
+        mean = summed / max(1, step_tokens)
+        (mean if state.scaler is None else state.scaler.scale(mean)).backward()
+        loss += mean.detach()
+    return loss, step_tokens
+
+
+def _update(state: TrainState, max_grad_norm: float) -> Tensor:
+    """Clip, step the optimizer and the schedule; return the gradient norm before clipping."""
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    gradient_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+    if state.scaler is not None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scheduler.step()
+    return gradient_norm

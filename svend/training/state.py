@@ -1,0 +1,66 @@
+"""Everything that moves in a run, and must come back for the run to go on as if uninterrupted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from svend.data.stream import BatchStream
+from svend.pipeline.config import Precision, TrainingConfig
+from svend.training.optimizers import build_optimizer
+from svend.training.schedules import learning_rate_factor
+
+
+@dataclass
+class TrainState:
+    """The model, what updates it, where it stands in the data, and the counts so far."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    stream: BatchStream
+    device: torch.device
+    step: int = 0
+    tokens: int = 0
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what is neither weights, optimizer nor scheduler, as plain values and tensors."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "stream": self.stream.state_dict(),
+            "rng_cpu": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up where `extra_state` was taken."""
+        self.step = state["step"]
+        self.tokens = state["tokens"]
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["rng_cpu"])
+        if "rng_cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+
+
+def build_state(
+    model: nn.Module,
+    stream: BatchStream,
+    training: TrainingConfig,
+    total_steps: int,
+    device: torch.device,
+) -> TrainState:
+    """Return the state before step 1, with the model moved to the device."""
+    model.to(device)
+    optimizer = build_optimizer(model, training)
+    factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
+    scaler = torch.amp.GradScaler(device.type) if training.precision is Precision.FP16 else None
+    return TrainState(model, optimizer, scheduler, scaler, stream, device)
