@@ -58,8 +58,9 @@ def describe_device(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
+        lines = cpuinfo.read_text().splitlines()
+        models = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+        name = models[0].strip() if models else name
     return f"{name}, {torch.get_num_threads()} threads"
 
 

@@ -34,7 +34,8 @@ class DocumentTokenizer:
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.origin = origin
-        self.control_ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.control_ids = {token: vocabulary[token] for token in CONTROL_TOKENS}
 
     @property
     def size(self) -> int:

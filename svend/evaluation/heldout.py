@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from svend.data.stream import PackedSequences
+from svend.device import autocast
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import Precision
-from svend.device import autocast
 
 Z_95 = 1.96  # two-sided 95% of a normal distribution
 

@@ -52,7 +52,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None
         grad_x_ND, grad_w_VD = ctx.saved_tensors

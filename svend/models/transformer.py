@@ -168,8 +168,9 @@ class ReasoningTransformer(nn.Module):
     ) -> Tensor:
         """Return logits, (batch, positions, vocabulary), or with labels the summed loss in nats.
 
-        tokens_BT: token ids. labels_BT: the id to predict at each position, -100 for none. documents_BT: the number of the document that each position belongs to; attention
-        and positions then stay within a document.
+        tokens_BT: token ids. labels_BT: the id to predict at each position, -100 for none.
+        documents_BT: the number of the document that each position belongs to; attention and
+        positions then stay within a document.
         """
         x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
         if labels_BT is None:

@@ -15,11 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from svend.errors import ConfigError
+from svend.pipeline.schema import build, merge_trees, read_yaml, to_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -75,19 +72,6 @@ class LongDocuments(Enum):
     DROP = "drop"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file of plain values; object tags are refused."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return {str(key): value for key, value in tree.items()}
-
-
 def group_members(group: str) -> list[str]:
     """Return the names that `conf/<group>/` offers; scales in the ladder's order."""
     if group == "scale":
@@ -102,16 +86,6 @@ def read_group(group: str, member: str) -> dict[str, Any]:
             f"unknown {group} '{member}': choose one of {', '.join(group_members(group))}"
         )
     return read_yaml(CONF_DIR / group / f"{member}.yaml")
-
-
-def merge_trees(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid on top, key by key; lists are replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = merge_trees(below, value) if both else value
-    return merged
 
 
 @functools.cache
@@ -268,7 +242,7 @@ class TrainingConfig:
     logging_steps: int = _default("training.logging_steps")
     heldout_sequences: int = _default("training.heldout_sequences")
     validation_gates: dict[str, float] = _default_dict("training.validation_gates")
-    data: DataConfig = field(default_factory=lambda: _data_from_recipe())
+    data: DataConfig = field(default_factory=lambda: _default_data())
 
     def apply_scale_defaults(self) -> None:
         """Set what `conf/scale/` says of training at this scale: batch size, learning rate, ..."""
@@ -284,10 +258,7 @@ class TrainingConfig:
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
         """Read a configuration that `save` wrote. Raises ConfigError for what does not fit."""
-        # loading builds on this module; the guide wants the method here.
-        from svend.pipeline.loading import build
-
-        return build(cls, read_yaml(Path(path)), where=str(path))
+        return build(cls, read_yaml(Path(path)), prefix="training.")
 
     def check(self) -> None:
         """Raise ConfigError for a value that no run can have."""
@@ -427,23 +398,7 @@ def format_count(count: float) -> str:
     return f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
 
 
-def to_yaml(config: PipelineConfig | TrainingConfig) -> str:
-    """Return a configuration as YAML that loads back to the same values."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
-
-
-def to_tree(config: Any) -> Any:
-    """Return a configuration as plain dicts, lists and scalars, enums by their value."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: to_tree(value) for key, value in config.items()}
-    if isinstance(config, list):
-        return [to_tree(value) for value in config]
-    return config.value if isinstance(config, Enum) else config
-
-
-def _data_from_recipe() -> DataConfig:
+def _default_data() -> DataConfig:
     data = _default_tree()["training"]["data"]
     return DataConfig(recipe=data["recipe"], purpose=data["purpose"])
 

@@ -78,8 +78,11 @@ class TrainingProgress:
         self._line_shown = self._started
         self._status = ""
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            _StatusColumn(self), console=console, transient=False,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            _StatusColumn(self),
+            console=console,
         )
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import Checkpoint, CheckpointManager
-from svend.pipeline.config import ModelScale, PipelineConfig, to_tree, to_yaml
+from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.report import (
     TrainingProgress,
@@ -36,6 +36,7 @@ from svend.pipeline.report import (
     verdict_table,
 )
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.schema import to_tree, to_yaml
 from svend.pipeline.validation import (
     Evidence,
     GateLevel,
@@ -224,25 +225,25 @@ class PipelineRunner:
         if job.state.step == 0:
             self._evaluate(job)
         pending: list[StepMetrics] = []
-        with TrainingProgress(self._console, total_steps, job.state.step) as progress:
-            with signals.deferred():
-                for metrics in train_steps(job.state, training, total_steps):
-                    step, last = metrics.step, metrics.step == total_steps
-                    pending.append(metrics)
-                    quick = step % training.quick_gate_steps == 0 or last
-                    save = step % training.save_steps == 0 or last
-                    read = step % training.logging_steps == 0 or quick or save
-                    loss = speed = None
-                    if read or signals.requested:
-                        loss, speed = self._log(job, pending)
-                        pending.clear()
-                    progress.advance(step, loss, speed)
-                    if loss is not None and (quick or not math.isfinite(loss)):
-                        self._gate_quick(job, loss)
-                    if save:
-                        self._evaluate_and_save(job, metrics)
-                    if signals.requested and not last:
-                        self._stop(job, signals)
+        progress = TrainingProgress(self._console, total_steps, job.state.step)
+        with progress, signals.deferred():
+            for metrics in train_steps(job.state, training, total_steps):
+                step, last = metrics.step, metrics.step == total_steps
+                pending.append(metrics)
+                quick = step % training.quick_gate_steps == 0 or last
+                save = step % training.save_steps == 0 or last
+                read = step % training.logging_steps == 0 or quick or save
+                loss = speed = None
+                if read or signals.requested:
+                    loss, speed = self._log(job, pending)
+                    pending.clear()
+                progress.advance(step, loss, speed)
+                if loss is not None and (quick or not math.isfinite(loss)):
+                    self._gate_quick(job, loss)
+                if save:
+                    self._evaluate_and_save(job, metrics)
+                if signals.requested and not last:
+                    self._stop(job, signals)
 
     def _log(self, job: _Job, pending: list[StepMetrics]) -> tuple[float, float]:
         """Read the pending steps from the device and log them; return last loss and tokens/s."""
@@ -329,7 +330,7 @@ class PipelineRunner:
         )
 
     def _record(self, job: _Job, verdict: ValidationResult) -> None:
-        """Keep a verdict in the run folder and in MLflow; stop the run if it fails and is strict."""
+        """Keep a verdict in the run folder and in MLflow; under strict, stop if it failed."""
         job.folder.append_verdict(verdict.rows())
         job.tracked.log_metrics(
             {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)

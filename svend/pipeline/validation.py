@@ -166,7 +166,7 @@ class PipelineValidator:
         self,
         level: GateLevel,
         measurements: Mapping[str, Measurement],
-        evidence: Evidence = Evidence(),  # noqa: B008 - frozen
+        evidence: Evidence = Evidence(),
     ) -> ValidationResult:
         """Decide a level's gates on these measurements, by metric name."""
         results = [GateResult(gate, measurements.get(gate.metric_name))

@@ -22,7 +22,6 @@ class RegisteredVersion:
 
     name: str
     version: str
-    model_uri: str
     linked: bool
 
 
@@ -38,7 +37,8 @@ def register_checkpoint(
 ) -> RegisteredVersion:
     """Register files as a new version of `name`, and point the aliases at it.
 
-    Where the artifact store is on the same file system the files are hard links, not copies. Tags, the evidence, come before aliases, the claim.
+    Where the artifact store is on the same file system the files are hard links, not copies.
+    Tags, the evidence, are written before aliases, the claim.
     """
     client = MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id
@@ -61,7 +61,7 @@ def register_checkpoint(
     version = mlflow.register_model(f"models:/{model.model_id}", name, tags=dict(tags))
     for alias in aliases:
         client.set_registered_model_alias(name, alias, str(version.version))
-    return RegisteredVersion(name, str(version.version), f"models:/{name}/{version.version}", linked)
+    return RegisteredVersion(name, str(version.version), linked)
 
 
 def _place_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -13,9 +14,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from svend import __version__
 
@@ -120,8 +119,12 @@ class TrackedRun:
         self, name: str, digest: str, context: str, place: str, tags: Mapping[str, str]
     ) -> None:
         """Log a data set as an input of the run; `digest` is cut to MLflow's 36 characters."""
-        dataset = MetaDataset(LocalArtifactDatasetSource(place), name=name, digest=digest[:36])
-        mlflow.log_input(dataset, context=context, tags=dict(tags))
+        dataset = Dataset(name, digest[:36], "svend", json.dumps({"place": place}))
+        labels = {"mlflow.data.context": context, **tags}
+        self._client.log_inputs(
+            self.run_id,
+            [DatasetInput(dataset, [InputTag(key, value) for key, value in labels.items()])],
+        )
 
     def end(self, status: str, reason: str | None) -> None:
         """End the run as FINISHED, FAILED or KILLED, with the reason as a tag."""
@@ -171,5 +174,4 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _configure_system_metrics() -> None:
-    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)
-    mlflow.set_system_metrics_samples_before_logging(2)
+    os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", str(SYSTEM_METRICS_SECONDS))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svend.device import autocast
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import TrainingConfig
-from svend.device import autocast
 from svend.training.state import TrainState
 
 

@@ -1,0 +1,28 @@
+PYTHON ?= python3.11
+# mlflow run --env-manager local runs the `python` that it finds first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: run test test-slow check clean
+
+run: .venv/installed
+	mlflow run . --env-manager local -P scale=tiny
+
+test: .venv/installed
+	python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	python -m pytest -m slow
+
+check: .venv/installed
+	ruff check .
+	mypy
+	lint-imports
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	python -m pip install --upgrade "pip>=25"
+	python -m pip install --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

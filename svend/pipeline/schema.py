@@ -1,0 +1,161 @@
+"""Between YAML and dataclasses: strictly typed, and one line for whatever does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from svend.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file of plain values; object tags are refused."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def parse_value(text: str) -> Any:
+    """Return what a value on the command line means as YAML, else the text itself."""
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except YAMLError:
+        return text  # the schema then accepts or refuses it
+    assert isinstance(parsed, dict)
+    return parsed["value"]
+
+
+def merge_trees(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid on top, key by key; lists are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            merged[key] = merge_trees(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def build(schema: type[T], tree: dict[str, Any], *, prefix: str = "") -> T:
+    """Return `tree` as an instance of the dataclass `schema`: no unknown key, no wrong type.
+
+    A mapping in `tree` replaces the schema's default as a whole. `prefix` is how messages name
+    the place of the schema in the configuration, such as `training.`.
+    """
+    _check_keys(schema, tree, where=prefix)
+    base = OmegaConf.structured(schema)
+    _clear_mappings(schema, tree, base)
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(base, _named_enums(schema, tree, prefix)))
+    except OmegaConfBaseException as error:
+        message = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{prefix}{error.full_key or ''}: {message}") from None
+    assert isinstance(built, schema)
+    return built
+
+
+def to_tree(config: Any) -> Any:
+    """Return a configuration as plain dicts, lists and scalars, enums by their value."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_tree(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [to_tree(value) for value in config]
+    return config.value if isinstance(config, enum.Enum) else config
+
+
+def to_yaml(config: Any) -> str:
+    """Return a configuration as YAML that `build` turns back into the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a field's type holds, directly, optionally or as a list's item."""
+    if dataclasses.is_dataclass(hint):
+        return hint if isinstance(hint, type) else None
+    for argument in typing.get_args(hint):
+        if dataclasses.is_dataclass(argument) and isinstance(argument, type):
+            return argument
+    return None
+
+
+def _check_keys(schema: type, tree: Any, *, where: str) -> None:
+    """Raise ConfigError for the first key that `schema` does not have, with the nearest one."""
+    if isinstance(tree, list):
+        for index, item in enumerate(tree):
+            _check_keys(schema, item, where=f"{where.rstrip('.')}[{index}].")
+        return
+    if not isinstance(tree, dict):
+        return
+    hints = _hints(schema)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ConfigError(f"unknown key {where}{key}: {hint}")
+        inner = _dataclass_in(hints[key])
+        container = typing.get_origin(hints[key])
+        if container is list and not isinstance(value, list):
+            raise ConfigError(f"{where}{key} = {value}: must be a list, such as [a, b]")
+        if container is dict and not isinstance(value, dict):
+            raise ConfigError(f"{where}{key} = {value}: must be a mapping, such as {{a: 1}}")
+        if inner is not None:
+            section = list if container is list else dict
+            if value is not None and not isinstance(value, section):
+                raise ConfigError(f"{where}{key} = {value}: is a section, set one of its keys")
+            _check_keys(inner, value, where=f"{where}{key}.")
+
+
+def _clear_mappings(schema: type, tree: dict[str, Any], base: DictConfig) -> None:
+    """Empty the mappings of `base` that `tree` states: OmegaConf would merge key by key."""
+    hints = _hints(schema)
+    for key, value in tree.items():
+        inner = _dataclass_in(hints[key])
+        if typing.get_origin(hints[key]) is dict:
+            base[key] = {}
+        elif inner is not None and isinstance(value, dict) and base[key] is not None:
+            _clear_mappings(inner, value, base[key])
+
+
+def _named_enums(schema: type, tree: Any, where: str) -> Any:
+    """Return `tree` with enum values turned into the member names that OmegaConf expects."""
+    if isinstance(tree, list):
+        return [_named_enums(schema, item, where) for item in tree]
+    named = {}
+    for key, value in tree.items():
+        hint = _hints(schema)[key]
+        inner = _dataclass_in(hint)
+        if inner is not None and value is not None:
+            named[key] = _named_enums(inner, value, f"{where}{key}.")
+        elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+            # YAML reads a bare on or off as a truth value.
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+            if text not in [member.value for member in hint]:
+                allowed = ", ".join(str(member.value) for member in hint)
+                raise ConfigError(f"{where}{key} = {text}: must be one of {allowed}")
+            named[key] = hint(text).name
+        else:
+            named[key] = value
+    return named
