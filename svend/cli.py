@@ -109,9 +109,9 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
         if not word.startswith("--"):
             raise ConfigError(f"'{word}' is not an option: expected a form such as --key value")
         key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"--{key} has no value: expected a form such as --{key} VALUE")
+        if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
+        if not value:
+            raise ConfigError(f"--{key} has no value: expected a form such as --{key} VALUE")
         pairs.append((key, value))
     return pairs

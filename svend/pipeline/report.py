@@ -155,6 +155,15 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def show_measured(
+    console: Console, plan: RunPlan, peak_memory_gb: float, seconds: float
+) -> None:
+    """Print what the run took beside what the plan said."""
+    planned_gb = plan.memory.total / 1e9
+    console.print(f"peak memory {peak_memory_gb:.2f} GB (planned {planned_gb:.2f})")
+    console.print(f"time {format_seconds(seconds)} (planned {format_seconds(plan.seconds)})")
+
+
 def show_next_steps(
     console: Console,
     tracking_uri: str,

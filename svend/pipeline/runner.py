@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ from svend.pipeline.interruption import StopSignals
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
+    show_measured,
     show_next_steps,
     show_plan,
     verdict_table,
@@ -46,7 +48,13 @@ from svend.pipeline.validation import (
 )
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
-from svend.tracking.run import TrackedRun, environment_tags, installed_packages
+from svend.tracking.run import (
+    TrackedRun,
+    environment_tags,
+    fail_joined_run,
+    installed_packages,
+    joined_experiment_name,
+)
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.state import TrainState, build_state
 
@@ -81,6 +89,7 @@ class _Job:
     tracked: TrackedRun
     folder: RunFolder
     manager: CheckpointManager
+    started_seconds: float
     logged_step: int = 0
     saved_step: int = 0
     final_loss: float = math.nan
@@ -115,8 +124,8 @@ class PipelineRunner:
         registered = None
         with StopSignals() as signals:
             try:
-                config = self.config.resolve()
-                folder = self._folder_to_resume(config) if resume else None
+                config = _within_experiment(self.config).resolve()
+                folder = _folder_to_resume(config) if resume else None
                 tracked = self._track(config, folder)
                 with self._console.status("preparing"):
                     job = self._job = self._prepare(config, tracked, folder)
@@ -136,6 +145,8 @@ class PipelineRunner:
                     self._job.folder.discard_if_empty()
                 if tracked is not None:
                     tracked.end(status, reason)
+                elif reason is not None:
+                    fail_joined_run(reason)
         return PipelineResult(
             scale=self.config.training.model_scale,
             success=status == "FINISHED",
@@ -146,12 +157,6 @@ class PipelineRunner:
             run_id=tracked.run_id if tracked else None,
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,
-        )
-
-    def _folder_to_resume(self, config: PipelineConfig) -> RunFolder:
-        training = config.training
-        return RunFolder.find_unfinished(
-            config.checkpoint_dir, training.experiment_name, training.model_scale.value
         )
 
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
@@ -193,7 +198,10 @@ class PipelineRunner:
             )
             folder = RunFolder.create(config.checkpoint_dir, training.experiment_name, identity)
         manager = CheckpointManager(folder.path, training.save_total_limit)
-        job = _Job(config, device, corpus, heldout, plan, state, tracked, folder, manager)
+        job = _Job(
+            config, device, corpus, heldout, plan, state, tracked, folder, manager,
+            started_seconds=time.monotonic(),
+        )
         if manager.list_checkpoints():
             _, _, extra = manager.load_latest(
                 state.model, state.optimizer, state.scheduler, state.scaler
@@ -362,8 +370,11 @@ class PipelineRunner:
     def _finish(self, job: _Job) -> RegisteredVersion | None:
         """Register the best checkpoint with the levels that it passed, and report."""
         _track_verdicts(job)
+        measured_gb = peak_bytes(job.device) / 1e9
+        measured_seconds = time.monotonic() - job.started_seconds
         job.tracked.log_metrics(
-            {"measured/peak_memory_gb": peak_bytes(job.device) / 1e9}, job.state.step
+            {"measured/peak_memory_gb": measured_gb, "measured/seconds": measured_seconds},
+            job.state.step,
         )
         best = job.manager.best()
         rows = job.folder.read_verdicts()
@@ -377,12 +388,26 @@ class PipelineRunner:
             gates = getattr(job.config.gates, level.value)
             needed = ", ".join(gate.metric_name for gate in gates)
             self._console.print(f"{level.value}: not decided; needs {needed}, not measured here")
+        show_measured(self._console, job.plan, measured_gb, measured_seconds)
         job.folder.mark_finished()
         show_next_steps(
             self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,
             job.folder.path, registered, aliases,
         )
         return registered
+
+
+def _within_experiment(config: PipelineConfig) -> PipelineConfig:
+    """Return the config with the experiment that `mlflow run --experiment-name` chose, if any."""
+    name = joined_experiment_name() or config.training.experiment_name
+    return replace(config, training=replace(config.training, experiment_name=name))
+
+
+def _folder_to_resume(config: PipelineConfig) -> RunFolder:
+    training = config.training
+    return RunFolder.find_unfinished(
+        config.checkpoint_dir, training.experiment_name, training.model_scale.value
+    )
 
 
 def _track_inputs(
@@ -441,11 +466,7 @@ def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
 
 def _track_verdicts(job: _Job) -> None:
     rows = job.folder.read_verdicts()
-    if rows:
-        columns = list(rows[0])
-        lines = [",".join(columns)]
-        lines += [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in rows]
-        job.tracked.log_text("\n".join(lines) + "\n", "verdicts.csv")
+    job.tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
 
 
 def _passed_levels(rows: list[dict[str, Any]]) -> list[str]:

@@ -69,7 +69,10 @@ def _activation_bytes_per_token(
 
 
 def _head_bytes(model: ModelConfig, tokens: int, width: int) -> int:
-    """One chunk of logits in three fp32 and two low-precision forms, and the head's gradient."""
+    """One chunk of logits in three fp32 and two low-precision forms, and the head's gradient.
+
+    The gradient is there twice beside the parameter's own: as it is summed, and scaled.
+    """
     rows = min(tokens, CHUNK_ROWS)
     logits = rows * model.vocab_size * (3 * FP32_BYTES + 2 * width)
-    return logits + FP32_BYTES * model.vocab_size * model.hidden_size
+    return logits + (FP32_BYTES + width) * model.vocab_size * model.hidden_size

@@ -58,7 +58,9 @@ def register_checkpoint(
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    version = mlflow.register_model(f"models:/{model.model_id}", name, tags=dict(tags))
+    version = client.create_model_version(
+        name, f"models:/{model.model_id}", run_id, dict(tags), model_id=model.model_id
+    )
     for alias in aliases:
         client.set_registered_model_alias(name, alias, str(version.version))
     return RegisteredVersion(name, str(version.version), linked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import subprocess
@@ -17,7 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from svend import __version__
+from svend.tracking.keep_status import keep_status
 
+RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
+DEFAULT_EXPERIMENT = "Default"
+REASON_TAG = "svend.reason"
+MAX_TAG_LENGTH = 5000
 # MLflow's limit on metrics in one request.
 BATCH_METRICS = 1000
 FLUSH_SECONDS = 5.0
@@ -29,8 +35,9 @@ PACKAGES = ("torch", "mlflow", "omegaconf", "tokenizers", "datasets", "reasoning
 class TrackedRun:
     """An MLflow run that is being written to. Metrics are sent in batches."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, *, started_by_mlflow_run: bool) -> None:
         self.run_id = run_id
+        self._started_by_mlflow_run = started_by_mlflow_run
         self._client = MlflowClient()
         self._pending: list[Metric] = []
         self._sent_seconds = time.monotonic()
@@ -38,34 +45,35 @@ class TrackedRun:
     @classmethod
     def begin(cls, experiment_name: str, run_name: str) -> TrackedRun:
         """Join the run that `mlflow run` made, or begin one in the experiment."""
-        joined = "MLFLOW_RUN_ID" in os.environ
-        _configure_system_metrics()
+        joined = RUN_ID in os.environ
+        _configure()
         if not joined:
             mlflow.set_experiment(experiment_name)
         active = mlflow.start_run(run_name=None if joined else run_name, log_system_metrics=True)
-        run = cls(active.info.run_id)
+        run = cls(active.info.run_id, started_by_mlflow_run=joined)
         if joined and GENERATED_NAME.fullmatch(active.info.run_name or ""):
             run.set_tags({"mlflow.runName": run_name})
         return run
 
     @classmethod
     def resume(cls, run_id: str) -> TrackedRun:
-        """Go on with an earlier run; the empty one that `mlflow run` made is removed."""
-        _configure_system_metrics()
-        made = os.environ.pop("MLFLOW_RUN_ID", None)
+        """Go on with an earlier run.
+
+        The empty run that `mlflow run` made for the resumption is filed under it.
+        """
+        _configure()
         client = MlflowClient()
-        if made is not None and made != run_id:
-            # Ended before it is deleted, so that `mlflow run` does not touch it afterwards.
-            client.set_terminated(made, "FINISHED")
-            client.delete_run(made)
+        info = client.get_run(run_id).info
+        attempt = os.environ.pop(RUN_ID, None)
+        if attempt is not None:
+            client.set_tag(attempt, "mlflow.parentRunId", run_id)
+            client.set_tag(attempt, "mlflow.runName", f"resumption of {info.run_name}")
         os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
-        experiment_id = client.get_run(run_id).info.experiment_id
-        mlflow.set_experiment(experiment_id=experiment_id)
+        mlflow.set_experiment(experiment_id=info.experiment_id)
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
-        run = cls(run_id)
-        if "svend.reason" in client.get_run(run_id).data.tags:
-            client.delete_tag(run_id, "svend.reason")
-        return run
+        if REASON_TAG in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, REASON_TAG)
+        return cls(run_id, started_by_mlflow_run=False)
 
     @property
     def experiment_id(self) -> str:
@@ -131,17 +139,29 @@ class TrackedRun:
         try:
             self.flush()
             if reason is not None:
-                self.set_tags({"svend.reason": reason[:5000]})
+                self.set_tags({REASON_TAG: reason[:MAX_TAG_LENGTH]})
         finally:
             mlflow.end_run(status)
+            if status == "KILLED" and self._started_by_mlflow_run:
+                keep_status(self.run_id, status)
+
+
+def joined_experiment_name() -> str | None:
+    """Return the experiment that was chosen for `mlflow run`, None if none was."""
+    if RUN_ID not in os.environ:
+        return None
+    client = MlflowClient()
+    experiment_id = client.get_run(os.environ[RUN_ID]).info.experiment_id
+    name = str(client.get_experiment(experiment_id).name)
+    return None if name == DEFAULT_EXPERIMENT else name
 
 
 def fail_joined_run(reason: str) -> None:
     """Mark the run that `mlflow run` made as FAILED, if there is one."""
-    if "MLFLOW_RUN_ID" in os.environ:
-        mlflow.start_run()
-        mlflow.set_tag("svend.reason", reason[:5000])
-        mlflow.end_run("FAILED")
+    if RUN_ID in os.environ:
+        client = MlflowClient()
+        client.set_tag(os.environ[RUN_ID], REASON_TAG, reason[:MAX_TAG_LENGTH])
+        client.set_terminated(os.environ[RUN_ID], "FAILED")
 
 
 def environment_tags() -> dict[str, str]:
@@ -173,5 +193,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _configure_system_metrics() -> None:
+def _configure() -> None:
+    """Sample system metrics often enough for short runs; keep MLflow's chatter off the screen."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", str(SYSTEM_METRICS_SECONDS))
