@@ -21,6 +21,10 @@ class ResourceError(UserError, RuntimeError):
     """The machine lacks what the run needs: memory, disk, a device."""
 
 
+class TrackingError(UserError, RuntimeError):
+    """The tracking store cannot be reached or written."""
+
+
 class GateFailure(UserError, RuntimeError):
     """A required gate failed under strict validation."""
 

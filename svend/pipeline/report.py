@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
@@ -141,18 +142,43 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
             verdict = Text("pass", style="green")
         else:
             verdict = Text("FAIL" if row["required"] else "warn", style="bold red")
-        interval = "" if row["low_95"] is None else f"{row['low_95']:.4g} to {row['high_95']:.4g}"
         table.add_row(
             row["level"],
             row["gate"],
             verdict,
-            "not measured" if row["value"] is None else f"{row['value']:.4g}",
-            interval,
+            _value_text(row),
+            _interval_text(row),
             "" if row["sample_size"] is None else f"{row['sample_size']:,}",
             f"{row['metric']} {row['comparison']} {row['threshold']:g}",
             str(row["step"]),
         )
     return table
+
+
+def verdicts_html(rows: Sequence[dict[str, Any]]) -> str:
+    """Return gate decisions as a page that MLflow's artifact viewer shows, newest first."""
+    table = pd.DataFrame(
+        {
+            "step": row["step"],
+            "level": row["level"],
+            "gate": row["gate"],
+            "verdict": "pass" if row["passed"] else "FAIL" if row["required"] else "warn",
+            "value": _value_text(row),
+            "95% interval": _interval_text(row),
+            "n": "" if row["sample_size"] is None else f"{row['sample_size']:,}",
+            "must be": f"{row['metric']} {row['comparison']} {row['threshold']:g}",
+            "checkpoint": (row["checkpoint_sha256"] or "")[:12],
+        }
+        for row in reversed(rows)
+    )
+    style = (
+        "body{font:13px sans-serif}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}"
+    )
+    body = table.to_html(index=False)
+    body = body.replace("<td>FAIL</td>", '<td style="background:#f8c8c8">FAIL</td>')
+    body = body.replace("<td>pass</td>", '<td style="background:#d4efd4">pass</td>')
+    return f"<!doctype html><meta charset=utf-8><style>{style}</style>{body}"
 
 
 def show_measured(
@@ -171,7 +197,6 @@ def show_next_steps(
     run_id: str,
     folder: Path,
     registered: RegisteredVersion | None,
-    aliases: list[str],
 ) -> None:
     """Print where everything is and the next command to type."""
     local = not tracking_uri.startswith(("http://", "https://"))
@@ -179,7 +204,7 @@ def show_next_steps(
     url = f"{address}/#/experiments/{experiment_id}/runs/{run_id}"
     lines = [("checkpoints", str(folder.absolute()))]
     if registered is not None:
-        stages = ", ".join(f"@{alias}" for alias in aliases) or "no level passed"
+        stages = ", ".join(f"@{alias}" for alias in registered.aliases) or "no level passed"
         space = "hard links, no second copy" if registered.linked else "uploaded"
         lines.append(
             ("registered", f"{registered.name} version {registered.version} ({stages}; {space})")
@@ -189,6 +214,14 @@ def show_next_steps(
     lines.append(("" if local else "see the run", url))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)
+
+
+def _value_text(row: dict[str, Any]) -> str:
+    return "not measured" if row["value"] is None else f"{row['value']:.4g}"
+
+
+def _interval_text(row: dict[str, Any]) -> str:
+    return "" if row["low_95"] is None else f"{row['low_95']:.4g} to {row['high_95']:.4g}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from svend.errors import UserError
+from svend.pipeline.config import PipelineConfig
+from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
 
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 VERDICTS_FILE = "verdicts.jsonl"
+# Where things lie and how much is kept: a resumed run may have these otherwise.
+MAY_CHANGE = {
+    "checkpoint_dir", "training.data.cache_dir", "training.data.path",
+    "training.data.heldout_path", "training.logging_steps", "training.save_total_limit",
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class RunIdentity:
     run_id: str
     tracking_uri: str
     scale: str
+    data_fingerprint: str
     finished: bool = False
 
 
@@ -34,8 +43,9 @@ class RunFolder:
         self.identity = identity
 
     @classmethod
-    def create(cls, checkpoint_dir: str, experiment: str, identity: RunIdentity) -> RunFolder:
-        """Take the next free folder name for a new run."""
+    def create(cls, config: PipelineConfig, identity: RunIdentity) -> RunFolder:
+        """Take the next free folder name for a new run, and keep its resolved config there."""
+        checkpoint_dir, experiment = config.checkpoint_dir, config.training.experiment_name
         number = 1
         while True:
             path = _path(checkpoint_dir, experiment, number)
@@ -50,6 +60,7 @@ class RunFolder:
                     f"({error.strerror}); choose another"
                 ) from None
         folder = cls(path, identity)
+        (path / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         folder._write_identity()
         return folder
 
@@ -77,6 +88,22 @@ class RunFolder:
             f"under {where}; check the experiment's name and checkpoint_dir"
         )
 
+    def check_resumable(self, config: PipelineConfig, data_fingerprint: str) -> None:
+        """Raise UserError, with the first difference, if the run would go on as another run."""
+        was, now = flatten(read_yaml(self.path / CONFIG_FILE)), flatten(to_tree(config))
+        for key in sorted({*was, *now}):
+            if key not in MAY_CHANGE and was.get(key) != now.get(key):
+                raise UserError(
+                    f"cannot resume {self.path}: {key} was {was.get(key)}, now {now.get(key)}; "
+                    f"resume with the settings in {CONFIG_FILE} there, or begin another run"
+                )
+        if self.identity.data_fingerprint != data_fingerprint:
+            raise UserError(
+                f"cannot resume {self.path}: the data have changed (fingerprint was "
+                f"{self.identity.data_fingerprint[:16]}, now {data_fingerprint[:16]}); "
+                "restore them, or begin another run"
+            )
+
     def mark_finished(self) -> None:
         self.identity = replace(self.identity, finished=True)
         self._write_identity()
@@ -84,7 +111,7 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first checkpoint."""
         if not any(self.path.glob("step_*")):
-            for name in (RUN_FILE, VERDICTS_FILE):
+            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()

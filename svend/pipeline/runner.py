@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -29,6 +27,7 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import Checkpoint, CheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.interruption import StopSignals
+from svend.pipeline.record import record_inputs, record_verdicts, register_version
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
@@ -38,7 +37,6 @@ from svend.pipeline.report import (
     verdict_table,
 )
 from svend.pipeline.run_folder import RunFolder, RunIdentity
-from svend.pipeline.schema import to_tree, to_yaml
 from svend.pipeline.validation import (
     Evidence,
     GateLevel,
@@ -47,12 +45,10 @@ from svend.pipeline.validation import (
     ValidationResult,
 )
 from svend.planning.plan import RunPlan, check_memory, plan_run
-from svend.tracking.registry import RegisteredVersion, register_checkpoint
+from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import (
     TrackedRun,
-    environment_tags,
     fail_joined_run,
-    installed_packages,
     joined_experiment_name,
 )
 from svend.training.loop import StepMetrics, train_steps
@@ -180,23 +176,24 @@ class PipelineRunner:
             training.data, model_config.vocab_size, training.seed,
             lambda text: self._console.print(f"data: {text}"),
         )
+        if folder is not None:
+            folder.check_resumable(config, corpus.fingerprint)
         sequences = PackedSequences(corpus.train, training.data, training.seed)
         heldout = PackedSequences(corpus.heldout, training.data, training.seed)
         sequences_per_step = training.batch_size * training.gradient_accumulation_steps
         one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
         total_steps = training.max_steps or one_run
         plan = plan_run(config, total_steps, memory, device)
-        _track_inputs(tracked, config, corpus, plan, describe_device(device))
+        record_inputs(tracked, config, corpus, plan, describe_device(device))
         model = self._build_model(config, device)
         if plan.compile and isinstance(model, ReasoningTransformer):
             model.compile_blocks()
         stream = BatchStream(sequences, training.batch_size)
         state = build_state(model, stream, training, total_steps, device)
         if folder is None:
-            identity = RunIdentity(
-                tracked.run_id, tracked.tracking_uri, training.model_scale.value
-            )
-            folder = RunFolder.create(config.checkpoint_dir, training.experiment_name, identity)
+            folder = RunFolder.create(config, RunIdentity(
+                tracked.run_id, tracked.tracking_uri, training.model_scale.value, corpus.fingerprint
+            ))
         manager = CheckpointManager(folder.path, training.save_total_limit)
         job = _Job(
             config, device, corpus, heldout, plan, state, tracked, folder, manager,
@@ -352,7 +349,7 @@ class PipelineRunner:
                 verdict.failures
             )
             if self.validator.strict:
-                _track_verdicts(job)
+                record_verdicts(job.tracked, job.folder)
                 raise GateFailure(line)
             self._console.print(f"warning: {line}")
 
@@ -361,7 +358,7 @@ class PipelineRunner:
         assert signals.requested is not None
         if job.saved_step < job.state.step:
             self._save(job, {})
-        _track_verdicts(job)
+        record_verdicts(job.tracked, job.folder)
         raise Interrupted(
             f"interrupted by {signals.requested.name} at step {job.state.step} of "
             f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
@@ -369,7 +366,7 @@ class PipelineRunner:
 
     def _finish(self, job: _Job) -> RegisteredVersion | None:
         """Register the best checkpoint with the levels that it passed, and report."""
-        _track_verdicts(job)
+        record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9
         measured_seconds = time.monotonic() - job.started_seconds
         job.tracked.log_metrics(
@@ -378,11 +375,12 @@ class PipelineRunner:
         )
         best = job.manager.best()
         rows = job.folder.read_verdicts()
-        registered, aliases = None, []
+        registered = None
         if best is not None:
             rows = [row for row in rows if row["checkpoint_sha256"] == best.weights_sha256]
-            aliases = _passed_levels(rows)
-            registered = _register(job, best, rows, aliases)
+            registered = register_version(
+                job.tracked, job.folder, job.config, job.corpus, best, rows
+            )
             self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
         for level in (GateLevel.FULL, GateLevel.PRODUCTION):
             gates = getattr(job.config.gates, level.value)
@@ -392,7 +390,7 @@ class PipelineRunner:
         job.folder.mark_finished()
         show_next_steps(
             self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,
-            job.folder.path, registered, aliases,
+            job.folder.path, registered,
         )
         return registered
 
@@ -408,122 +406,3 @@ def _folder_to_resume(config: PipelineConfig) -> RunFolder:
     return RunFolder.find_unfinished(
         config.checkpoint_dir, training.experiment_name, training.model_scale.value
     )
-
-
-def _track_inputs(
-    tracked: TrackedRun, config: PipelineConfig, corpus: Corpus, plan: RunPlan, device: str
-) -> None:
-    """Log what the run is made of, before its first step."""
-    data = config.training.data
-    tracked.log_params(dict(_flatten(to_tree(config), "config")))
-    tracked.set_tags({
-        **environment_tags(),
-        "svend.scale": config.training.model_scale.value,
-        "svend.profile": config.profile,
-        "svend.recipe": data.recipe,
-        "svend.device": device,
-        "svend.data_fingerprint": corpus.fingerprint,
-        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
-        "mlflow.note.content": _describe(config, plan, corpus),
-    })
-    tracked.log_text(to_yaml(config), "config.yaml")
-    tracked.log_text(corpus.tokenizer.to_json(), "tokenizer.json")
-    tracked.log_text(installed_packages(), "packages.txt")
-    for count in corpus.counts:
-        for context, documents, tokens in (
-            ("train", count.train_documents, count.train_tokens),
-            ("heldout", count.heldout_documents, count.heldout_tokens),
-        ):
-            tags = {"documents": str(documents), "tokens": str(tokens), "kind": count.kind,
-                    "fingerprint": corpus.fingerprint}
-            place = str(data.path or count.identity.get("repository") or "made on the spot")
-            tracked.log_dataset(count.source, corpus.fingerprint, context, place, tags)
-    tracked.log_metrics(
-        {
-            "plan/parameters": plan.parameters,
-            "plan/tokens": plan.tokens,
-            "plan/flops": plan.flops,
-            "plan/peak_memory_gb": plan.memory.total / 1e9,
-            "plan/seconds": plan.seconds,
-            "plan/matmul_peak_flops_per_second": plan.peak_flops,
-        },
-        0,
-    )
-    tracked.flush()
-
-
-def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
-    """A description for the run's page."""
-    data = config.training.data
-    assert config.model is not None  # set by PipelineConfig.resolve
-    return (
-        f"**{config.model.name}** ({plan.parameters:,} parameters), profile {config.profile}, "
-        f"on {data.recipe}: {', '.join(data.sources)} ({data.purpose}).\n\n"
-        f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens; "
-        f"data fingerprint `{corpus.fingerprint[:16]}`."
-    )
-
-
-def _track_verdicts(job: _Job) -> None:
-    rows = job.folder.read_verdicts()
-    job.tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
-
-
-def _passed_levels(rows: list[dict[str, Any]]) -> list[str]:
-    """The levels whose required gates all passed, up to the first that did not."""
-    passed = []
-    for level in GateLevel:
-        of_level = [row for row in rows if row["level"] == level.value]
-        if not of_level or not all(row["passed"] or not row["required"] for row in of_level):
-            break
-        passed.append(level.value)
-    return passed
-
-
-def _register(
-    job: _Job, best: Checkpoint, rows: list[dict[str, Any]], aliases: list[str]
-) -> RegisteredVersion:
-    model, corpus = job.config.model, job.corpus
-    assert model is not None  # set by PipelineConfig.resolve
-    config_path = job.folder.path / "config.yaml"
-    config_path.write_text(to_yaml(job.config), encoding="utf-8")
-    tokenizer_path = job.folder.path / "tokenizer.json"
-    tokenizer_path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-    tags = {
-        "svend.run_id": job.tracked.run_id,
-        "svend.checkpoint_sha256": best.weights_sha256,
-        "svend.data_fingerprint": corpus.fingerprint,
-        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
-        "svend.step": str(best.step),
-        "svend.stage": aliases[-1] if aliases else "none",
-    }
-    for row in rows:
-        verdict = "passed" if row["passed"] else "failed"
-        tags[f"gate.{row['level']}.{row['gate']}"] = (
-            f"{verdict}: {row['metric']} = {row['value']:.6g}, "
-            f"must be {row['comparison']} {row['threshold']:g}"
-        )
-    return register_checkpoint(
-        model.name,
-        [best.path / "model.pt", best.path / "metadata.json", config_path, tokenizer_path],
-        job.tracked.run_id,
-        best.step,
-        {"scale": job.config.training.model_scale.value, "step": str(best.step),
-         "sha256": best.weights_sha256},
-        tags,
-        aliases,
-        f"Svend {model.name}: {model.num_parameters():,} parameters, "
-        f"{model.num_hidden_layers} layers of {model.hidden_size}. The aliases quick, standard, "
-        "full and production are the gate levels that a version has passed.",
-    )
-
-
-def _flatten(tree: Any, prefix: str) -> list[tuple[str, Any]]:
-    """Return a config tree as dotted keys; a list of gates by the gates' names."""
-    if isinstance(tree, dict):
-        return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}.{key}")]
-    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        return [(f"{prefix}.{gate['name']}",
-                 f"{gate['metric_name']} {gate['comparison']} {gate['threshold']:g}")
-                for gate in tree]
-    return [(prefix, tree)]

@@ -82,6 +82,19 @@ def to_tree(config: Any) -> Any:
     return config.value if isinstance(config, enum.Enum) else config
 
 
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a config tree by dotted keys; the items of a list of sections by their names."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {item["name"]: item for item in value}
+        if isinstance(value, dict) and value:
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML that `build` turns back into the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))

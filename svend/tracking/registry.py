@@ -22,6 +22,7 @@ class RegisteredVersion:
 
     name: str
     version: str
+    aliases: list[str]
     linked: bool
 
 
@@ -33,7 +34,8 @@ def register_checkpoint(
     params: Mapping[str, str],
     tags: Mapping[str, str],
     aliases: Sequence[str],
-    description: str,
+    version_description: str,
+    model_description: str,
 ) -> RegisteredVersion:
     """Register files as a new version of `name`, and point the aliases at it.
 
@@ -54,16 +56,21 @@ def register_checkpoint(
     mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     try:
-        client.create_registered_model(name, description=description)
+        client.create_registered_model(name, description=model_description)
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
     version = client.create_model_version(
-        name, f"models:/{model.model_id}", run_id, dict(tags), model_id=model.model_id
+        name,
+        f"models:/{model.model_id}",
+        run_id,
+        dict(tags),
+        description=version_description,
+        model_id=model.model_id,
     )
     for alias in aliases:
         client.set_registered_model_alias(name, alias, str(version.version))
-    return RegisteredVersion(name, str(version.version), linked)
+    return RegisteredVersion(name, str(version.version), list(aliases), linked)
 
 
 def _place_files(

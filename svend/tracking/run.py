@@ -16,13 +16,16 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from svend import __version__
+from svend.errors import TrackingError
 from svend.tracking.keep_status import keep_status
 
 RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
 DEFAULT_EXPERIMENT = "Default"
 REASON_TAG = "svend.reason"
+EXPERIMENT_KIND_TAG = "mlflow.experimentKind"  # read by the UI alone
 MAX_TAG_LENGTH = 5000
 # MLflow's limit on metrics in one request.
 BATCH_METRICS = 1000
@@ -47,10 +50,18 @@ class TrackedRun:
         """Join the run that `mlflow run` made, or begin one in the experiment."""
         joined = RUN_ID in os.environ
         _configure()
-        if not joined:
-            mlflow.set_experiment(experiment_name)
-        active = mlflow.start_run(run_name=None if joined else run_name, log_system_metrics=True)
+        try:
+            if not joined:
+                mlflow.set_experiment(experiment_name)
+            name = None if joined else run_name
+            active = mlflow.start_run(run_name=name, log_system_metrics=True)
+        except MlflowException as error:
+            raise TrackingError(
+                f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:300]}; "
+                "check MLFLOW_TRACKING_URI and that the server is up"
+            ) from error
         run = cls(active.info.run_id, started_by_mlflow_run=joined)
+        run.show_as_model_training()
         if joined and GENERATED_NAME.fullmatch(active.info.run_name or ""):
             run.set_tags({"mlflow.runName": run_name})
         return run
@@ -86,6 +97,14 @@ class TrackedRun:
     @property
     def tracking_uri(self) -> str:
         return str(mlflow.get_tracking_uri())
+
+    def show_as_model_training(self) -> None:
+        """Open the experiment in the UI with training charts, not traces, unless it has a kind."""
+        tags = self._client.get_experiment(self.experiment_id).tags
+        if EXPERIMENT_KIND_TAG not in tags:
+            self._client.set_experiment_tag(
+                self.experiment_id, EXPERIMENT_KIND_TAG, "custom_model_development"
+            )
 
     def last_step(self, metric: str) -> int:
         """Return the last step at which a metric was logged, 0 if never."""

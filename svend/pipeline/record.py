@@ -1,0 +1,141 @@
+"""What a run leaves on record: its inputs, its verdicts, and the version it registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from svend.data.corpus import Corpus
+from svend.pipeline.checkpoints import METADATA, MODEL, Checkpoint
+from svend.pipeline.config import PipelineConfig
+from svend.pipeline.report import verdicts_html
+from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
+from svend.pipeline.schema import flatten, to_tree, to_yaml
+from svend.pipeline.validation import GateLevel
+from svend.planning.plan import RunPlan
+from svend.tracking.registry import RegisteredVersion, register_checkpoint
+from svend.tracking.run import TrackedRun, environment_tags, installed_packages
+
+
+def record_inputs(
+    tracked: TrackedRun, config: PipelineConfig, corpus: Corpus, plan: RunPlan, device: str
+) -> None:
+    """Log what the run is made of, before its first step."""
+    data = config.training.data
+    # Under a prefix: `mlflow run` has logged its own parameters as they were typed.
+    tracked.log_params({f"config.{key}": value for key, value in flatten(to_tree(config)).items()})
+    tracked.set_tags({
+        **environment_tags(),
+        "svend.scale": config.training.model_scale.value,
+        "svend.profile": config.profile,
+        "svend.recipe": data.recipe,
+        "svend.device": device,
+        "svend.data_fingerprint": corpus.fingerprint,
+        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+        "mlflow.note.content": _describe(config, plan, corpus),
+    })
+    tracked.log_text(to_yaml(config), "config.yaml")
+    tracked.log_text(corpus.tokenizer.to_json(), "tokenizer.json")
+    tracked.log_text(installed_packages(), "packages.txt")
+    for count in corpus.counts:
+        for context, documents, tokens in (
+            ("train", count.train_documents, count.train_tokens),
+            ("heldout", count.heldout_documents, count.heldout_tokens),
+        ):
+            tags = {"documents": str(documents), "tokens": str(tokens), "kind": count.kind,
+                    "fingerprint": corpus.fingerprint}
+            place = str(data.path or count.identity.get("repository") or "made on the spot")
+            tracked.log_dataset(count.source, corpus.fingerprint, context, place, tags)
+    tracked.log_metrics(
+        {
+            "plan/parameters": plan.parameters,
+            "plan/tokens": plan.tokens,
+            "plan/flops": plan.flops,
+            "plan/peak_memory_gb": plan.memory.total / 1e9,
+            "plan/seconds": plan.seconds,
+            "plan/matmul_peak_flops_per_second": plan.peak_flops,
+        },
+        0,
+    )
+    tracked.flush()
+
+
+def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
+    """A description for the run's page."""
+    data = config.training.data
+    assert config.model is not None  # set by PipelineConfig.resolve
+    return (
+        f"**{config.model.name}** ({plan.parameters:,} parameters), profile {config.profile}, "
+        f"on {data.recipe}: {', '.join(data.sources)} ({data.purpose}).\n\n"
+        f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens; "
+        f"data fingerprint `{corpus.fingerprint[:16]}`."
+    )
+
+
+def record_verdicts(tracked: TrackedRun, folder: RunFolder) -> None:
+    """Log every verdict so far, as a page for people and as a table for programs."""
+    rows = folder.read_verdicts()
+    tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
+    tracked.log_text(verdicts_html(rows), "verdicts.html")
+
+
+def passed_levels(rows: list[dict[str, Any]]) -> list[str]:
+    """The levels whose required gates all passed, up to the first that did not."""
+    passed = []
+    for level in GateLevel:
+        of_level = [row for row in rows if row["level"] == level.value]
+        if not of_level or not all(row["passed"] or not row["required"] for row in of_level):
+            break
+        passed.append(level.value)
+    return passed
+
+
+def register_version(
+    tracked: TrackedRun,
+    folder: RunFolder,
+    config: PipelineConfig,
+    corpus: Corpus,
+    checkpoint: Checkpoint,
+    rows: list[dict[str, Any]],
+) -> RegisteredVersion:
+    """Register a checkpoint under its scale's name; aliases for the levels that `rows` pass.
+
+    `rows` are the gate decisions on this very checkpoint.
+    """
+    model = config.model
+    assert model is not None  # set by PipelineConfig.resolve
+    tokenizer_path = folder.path / "tokenizer.json"
+    tokenizer_path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+    aliases = passed_levels(rows)
+    tags = {
+        "svend.run_id": tracked.run_id,
+        "svend.checkpoint_sha256": checkpoint.weights_sha256,
+        "svend.data_fingerprint": corpus.fingerprint,
+        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+        "svend.step": str(checkpoint.step),
+        "svend.stage": aliases[-1] if aliases else "none",
+        **{f"gate.{row['level']}.{row['gate']}": _verdict_text(row) for row in rows},
+    }
+    return register_checkpoint(
+        model.name,
+        [checkpoint.path / MODEL, checkpoint.path / METADATA,
+         folder.path / CONFIG_FILE, tokenizer_path],
+        tracked.run_id,
+        checkpoint.step,
+        {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
+         "sha256": checkpoint.weights_sha256},
+        tags,
+        aliases,
+        f"step {checkpoint.step}: held-out loss {checkpoint.metrics['loss']:.4f}; "
+        f"passed {', '.join(aliases) or 'no level'}",
+        f"Svend {model.name}: {model.num_parameters():,} parameters, "
+        f"{model.num_hidden_layers} layers of {model.hidden_size}. The aliases quick, standard, "
+        "full and production are the gate levels that a version has passed.",
+    )
+
+
+def _verdict_text(row: dict[str, Any]) -> str:
+    value = "not measured" if row["value"] is None else f"{row['metric']} = {row['value']:.6g}"
+    verdict = "passed" if row["passed"] else "failed"
+    return f"{verdict}: {value}, must be {row['comparison']} {row['threshold']:g}"
