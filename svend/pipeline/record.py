@@ -23,8 +23,14 @@ def record_inputs(
 ) -> None:
     """Log what the run is made of, before its first step."""
     data = config.training.data
+    tree = to_tree(config)
+    for level, gates in tree["gates"].items():
+        tree["gates"][level] = {
+            gate["name"]: f"{gate['metric_name']} {gate['comparison']} {gate['threshold']:g}"
+            for gate in gates
+        }
     # Under a prefix: `mlflow run` has logged its own parameters as they were typed.
-    tracked.log_params({f"config.{key}": value for key, value in flatten(to_tree(config)).items()})
+    tracked.log_params({f"config.{key}": value for key, value in flatten(tree).items()})
     tracked.set_tags({
         **environment_tags(),
         "svend.scale": config.training.model_scale.value,

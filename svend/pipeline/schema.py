@@ -84,12 +84,12 @@ def to_tree(config: Any) -> Any:
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a config tree by dotted keys; the items of a list of sections by their names."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = {item["name"]: item for item in value}
-        if isinstance(value, dict) and value:
-            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        named = isinstance(value, list) and value and isinstance(value[0], dict)
+        section = {item["name"]: item for item in value} if named else value
+        if isinstance(section, dict) and section:
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(section).items()}
         else:
             flat[key] = value
     return flat
