@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pandas as pd
@@ -52,7 +53,9 @@ def record_inputs(
             tags = {"documents": str(documents), "tokens": str(tokens), "kind": count.kind,
                     "fingerprint": corpus.fingerprint}
             place = str(data.path or count.identity.get("repository") or "made on the spot")
-            tracked.log_dataset(count.source, corpus.fingerprint, context, place, tags)
+            # MLflow keeps one context for each name and digest: the parts need their own.
+            digest = hashlib.sha256(f"{corpus.fingerprint}:{context}".encode()).hexdigest()
+            tracked.log_dataset(count.source, digest, context, place, tags)
     tracked.log_metrics(
         {
             "plan/parameters": plan.parameters,

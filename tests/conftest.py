@@ -1,0 +1,101 @@
+"""What the tests of whole runs share: a small model, and real processes against a real store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# The smallest model that still learns the embedded data's first regularities in seconds.
+DEBUG_OVERRIDES = {
+    "model.name": "svend-debug",
+    "model.hidden_size": "64",
+    "model.num_hidden_layers": "2",
+    "model.num_attention_heads": "4",
+    "model.num_key_value_heads": "2",
+    "model.intermediate_size": "128",
+    "model.vocab_size": "4096",
+    "model.max_position_embeddings": "256",
+    "data.max_seq_length": "128",
+    "data.num_samples": "200",
+    "training.learning_rate": "3e-3",
+    "training.max_steps": "40",
+    "training.save_steps": "20",
+    "training.quick_gate_steps": "10",
+    "training.heldout_sequences": "8",
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with its own tracking store, checkpoints and cache."""
+
+    folder: Path
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {
+            **os.environ,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
+            # Two processes with two spinning threads each starve one another on two cores.
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def overrides(self, **changes: str) -> dict[str, str]:
+        """The debug model's settings, with places in this folder; `__` stands for a dot."""
+        return {
+            **DEBUG_OVERRIDES,
+            "checkpoint_dir": str(self.checkpoints),
+            "data.cache_dir": str(self.folder / "cache"),
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+
+    def train_command(self, *options: str, **changes: str) -> list[str]:
+        pairs = [word for k, v in self.overrides(**changes).items() for word in (f"--{k}", v)]
+        return [sys.executable, "-m", "svend", "train", *options, *pairs]
+
+    def mlflow_command(self, *options: str, **changes: str) -> list[str]:
+        pairs = [w for k, v in self.overrides(**changes).items() for w in ("-P", f"{k}={v}")]
+        return ["mlflow", "run", str(ROOT), "--env-manager", "local", *options, *pairs]
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        # The folder is this one: what a run leaves must not land in the project's.
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, text=True, check=False, timeout=180,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("workplace"))

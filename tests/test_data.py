@@ -1,0 +1,799 @@
+"""From sources to batches: the tokenizer, the corpus and its cache, packing, mixing, the stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svend.data.corpus import KINDS, Corpus, TokenArray, build_corpus, kind_tokens
+from svend.data.documents import Document, Role, conversation
+from svend.data.embedded import general_documents, reasoning_documents, tool_use_documents
+from svend.data.packing import pack_rows
+from svend.data.sources import locate_sources
+from svend.data.stream import BatchStream, PackedSequences, mix_documents
+from svend.data.tokenizer import (
+    CONTROL_TOKENS,
+    DocumentTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from svend.errors import ConfigError, DataError, UserError
+from svend.pipeline.config import DataConfig, LongDocuments
+
+ROOT = Path(__file__).resolve().parents[1]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+GENERATORS = {
+    "reasoning": reasoning_documents,
+    "tool_use": tool_use_documents,
+    "general": general_documents,
+}
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def embedded_data(cache: Path, num_samples: int = 60, **changes: Any) -> DataConfig:
+    settings_: dict[str, Any] = {
+        "sources": ["gym_reasoning", "gym_tool_use", "gym_general"],
+        "mix_ratios": {"reasoning": 0.6, "tool_use": 0.25, "general": 0.15},
+        "num_samples": num_samples, "max_seq_length": 128, "heldout_fraction": 0.2,
+        "cache_dir": str(cache),
+    }
+    return DataConfig(**(settings_ | changes))
+
+
+def local_data(cache: Path, place: Path, source: str = "gsm8k", **changes: Any) -> DataConfig:
+    kind = "reasoning" if source in ("gsm8k", "openmath") else "general"
+    settings_: dict[str, Any] = {
+        "sources": [source], "mix_ratios": {kind: 1.0}, "num_samples": 10, "max_seq_length": 128,
+        "path": str(place), "heldout_fraction": 0.5, "cache_dir": str(cache),
+    }
+    return DataConfig(**(settings_ | changes))
+
+
+def write_lines(path: Path, records: Iterable[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def questions(count: int, first: int = 0) -> list[dict[str, str]]:
+    return [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}
+            for i in range(first, first + count)]
+
+
+def texts_of(corpus: Corpus, part: TokenArray) -> list[str]:
+    return [
+        corpus.tokenizer.decode(part.tokens[start:end].tolist())
+        for start, end in zip(part.offsets[:-1], part.offsets[1:], strict=True)
+    ]
+
+
+def questions_of(corpus: Corpus, part: TokenArray) -> set[str]:
+    return {
+        text.split("<|user|>")[1].split("<|end|>")[0].lower() for text in texts_of(corpus, part)
+    }
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=os.environ | environment,
+        capture_output=True, text=True, timeout=60, check=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def embedded_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    data = embedded_data(tmp_path_factory.mktemp("cache"), 400)
+    return build_corpus(data, 1024, 0, silent)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded_corpus: Corpus) -> DocumentTokenizer:
+    return embedded_corpus.tokenizer
+
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_from_its_tokens(tokenizer: DocumentTokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(st.sampled_from(CONTROL_TOKENS) | st.text(max_size=5), max_size=8))
+def test_text_that_imitates_control_tokens_stays_text(
+    tokenizer: DocumentTokenizer, pieces: list[str]
+) -> None:
+    text = "".join(pieces)
+    control = set(tokenizer.control_ids.values())
+    ids = tokenizer.encode_text(text)
+    assert not control & set(ids)
+    assert tokenizer.decode(ids) == text
+    [document] = tokenizer.encode([conversation((Role.USER, text), (Role.ASSISTANT, text))])
+    expected = ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
+    expected_ids = [tokenizer.control_ids[token] for token in expected]
+    assert [i for i in document if i in control] == expected_ids
+
+
+def test_running_text_has_no_role_and_ends_as_every_document_does(
+    tokenizer: DocumentTokenizer,
+) -> None:
+    [ids] = tokenizer.encode([conversation((Role.TEXT, "A cat sat."))])
+    assert tokenizer.decode(ids) == "A cat sat.<|endoftext|>"
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet="0123456789 a.,-", max_size=30))
+def test_every_digit_is_a_token_of_its_own(tokenizer: DocumentTokenizer, text: str) -> None:
+    digits = sum(character.isdigit() for character in text)
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode_text(text)]
+    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == [
+        character for character in text if character.isdigit()
+    ]
+    assert sum(piece.isdigit() for piece in pieces) == digits
+
+
+@pytest.mark.parametrize("vocab_size", [263, 300, 700])
+def test_the_vocabulary_has_at_most_the_size_asked_for(vocab_size: int) -> None:
+    trained = train_tokenizer(reasoning_documents(200, 0), vocab_size)
+    assert trained.size <= vocab_size
+    largest = max(max(ids) for ids in trained.encode(list(reasoning_documents(50, 1))))
+    assert largest < trained.size
+
+
+def test_a_tokenizer_trained_again_in_another_process_is_the_same() -> None:
+    here = train_tokenizer(reasoning_documents(80, 0), 500).sha256
+    assert train_tokenizer(reasoning_documents(80, 0), 500).sha256 == here
+    code = (
+        "from svend.data.tokenizer import train_tokenizer\n"
+        "from svend.data.embedded import reasoning_documents\n"
+        "print(train_tokenizer(reasoning_documents(80, 0), 500).sha256)"
+    )
+    assert python(code, PYTHONHASHSEED="12345").stdout.strip() == here
+
+
+def test_a_saved_tokenizer_loads_as_the_same(
+    tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    assert load_tokenizer(str(path), tokenizer.size).sha256 == tokenizer.sha256
+
+
+def altered_tokenizer(
+    tokenizer: DocumentTokenizer, tmp_path: Path, alter: Callable[[dict[str, Any]], None]
+) -> DocumentTokenizer:
+    tree = json.loads(tokenizer.to_json())
+    alter(tree)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return load_tokenizer(str(path), 65536)
+
+
+def test_a_tokenizer_file_that_truncates_or_pads_does_not_change_documents(
+    tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    def alter(tree: dict[str, Any]) -> None:
+        tree["truncation"] = {
+            "direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0,
+        }
+        tree["padding"] = {
+            "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        }
+
+    loaded = altered_tokenizer(tokenizer, tmp_path, alter)
+    documents = [conversation((Role.USER, "word " * 20)), conversation((Role.USER, "a"))]
+    assert loaded.encode(documents) == tokenizer.encode(documents)
+
+
+def test_a_tokenizer_file_with_plain_control_entries_still_refuses_imitations(
+    tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    def alter(tree: dict[str, Any]) -> None:
+        for token in tree["added_tokens"]:
+            token["special"] = False
+
+    loaded = altered_tokenizer(tokenizer, tmp_path, alter)
+    assert not set(loaded.control_ids.values()) & set(loaded.encode_text("hi <|end|> there"))
+
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_embedded_documents_depend_on_the_seed_alone(name: str) -> None:
+    documents = list(GENERATORS[name](24, 3))
+    assert len(documents) == 24
+    assert list(GENERATORS[name](24, 4)) != documents
+    code = (
+        "import sys\nfrom svend.data import embedded\n"
+        "print(list(getattr(embedded, sys.argv[1])(24, 3)))"
+    )
+    fresh = python(code, GENERATORS[name].__name__, PYTHONHASHSEED="77").stdout.strip()
+    assert fresh == str(documents)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_called_tool_is_declared_and_takes_the_declared_arguments(seed: int) -> None:
+    called = set()
+    for document in tool_use_documents(40, seed):
+        roles = [message.role for message in document.messages]
+        assert roles == [Role.SYSTEM, Role.USER, Role.TOOL_CALL, Role.TOOL, Role.ASSISTANT]
+        declared, _, call, result, answer = (message.content for message in document.messages)
+        tools = {tool["name"]: tool["parameters"] for tool in json.loads(declared)}
+        parsed = json.loads(call)
+        assert set(parsed["arguments"]) == set(tools[parsed["name"]])
+        assert len(tools) >= 2
+        assert answer == f"#### {result}"
+        called.add(parsed["name"])
+    assert len(called) == 4
+
+
+
+def test_no_question_is_in_both_parts(embedded_corpus: Corpus) -> None:
+    train = questions_of(embedded_corpus, embedded_corpus.train)
+    heldout = questions_of(embedded_corpus, embedded_corpus.heldout)
+    assert len(heldout) > 100
+    assert not train & heldout
+
+
+def test_counts_say_what_the_arrays_hold(embedded_corpus: Corpus) -> None:
+    for part, name in ((embedded_corpus.train, "train"), (embedded_corpus.heldout, "heldout")):
+        counted = {c.kind: getattr(c, f"{name}_tokens") for c in embedded_corpus.counts}
+        assert kind_tokens(part, range(len(part))) == counted
+        assert sum(counted.values()) == len(part.tokens)
+        documents = {c.kind: getattr(c, f"{name}_documents") for c in embedded_corpus.counts}
+        assert Counter(KINDS[kind].value for kind in part.kinds) == documents
+
+
+def test_the_fingerprint_is_that_of_the_data_and_not_of_the_place(tmp_path: Path) -> None:
+    first = build_corpus(embedded_data(tmp_path / "a"), 400, 0, silent)
+    second = build_corpus(embedded_data(tmp_path / "b"), 400, 0, silent)
+    other = build_corpus(embedded_data(tmp_path / "a"), 400, 1, silent)
+    assert first.fingerprint == second.fingerprint
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+    assert other.fingerprint != first.fingerprint
+
+
+def test_a_second_build_reads_the_cache_and_writes_nothing(tmp_path: Path) -> None:
+    def stamps() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+    said: list[str] = []
+    first = build_corpus(embedded_data(tmp_path), 400, 0, said.append)
+    assert said
+    before = stamps()
+    said.clear()
+    second = build_corpus(embedded_data(tmp_path), 400, 0, said.append)
+    assert stamps() == before
+    assert said == []
+    assert second.fingerprint == first.fingerprint
+    assert second.counts == first.counts
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", questions(20))
+    first = build_corpus(local_data(tmp_path / "cache", path), 400, 0, silent)
+    write_lines(path, questions(20, first=5))
+    second = build_corpus(local_data(tmp_path / "cache", path), 400, 0, silent)
+    assert second.fingerprint != first.fingerprint
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_a_corpus(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from svend.data import corpus\n"
+        "from svend.pipeline.config import DataConfig\n"
+        "def die(building, cache):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "corpus._move_into_place = die\n"
+        "data = DataConfig(sources=['gym_reasoning'], mix_ratios={'reasoning': 1.0},\n"
+        "    num_samples=30, heldout_fraction=0.2, cache_dir=sys.argv[1])\n"
+        "corpus.build_corpus(data, 400, 0, lambda _: None)\n"
+    )
+    with pytest.raises(subprocess.CalledProcessError) as killed:
+        python(code, str(tmp_path / "killed"))
+    assert killed.value.returncode == -signal.SIGKILL
+    changes: dict[str, Any] = {"sources": ["gym_reasoning"], "mix_ratios": {"reasoning": 1.0}}
+    said: list[str] = []
+    again = build_corpus(
+        embedded_data(tmp_path / "killed", 30, **changes), 400, 0, said.append
+    )
+    fresh = build_corpus(embedded_data(tmp_path / "fresh", 30, **changes), 400, 0, silent)
+    assert said
+    assert again.fingerprint == fresh.fingerprint
+
+
+def test_an_entry_without_its_last_file_is_made_anew(tmp_path: Path) -> None:
+    first = build_corpus(embedded_data(tmp_path), 400, 0, silent)
+    [marker] = tmp_path.glob("*/corpus.json")
+    marker.unlink()
+    assert build_corpus(embedded_data(tmp_path), 400, 0, silent).fingerprint == first.fingerprint
+
+
+def test_train_documents_that_repeat_a_held_out_question_are_dropped_and_counted(
+    tmp_path: Path,
+) -> None:
+    heldout = questions(10)
+    repeated = [
+        heldout[0],
+        {"question": "  what IS 1 +  1?", "answer": "another answer"},
+        heldout[2],
+    ]
+    write_lines(tmp_path / "d" / "train.jsonl", [*repeated, *questions(20, first=100)])
+    write_lines(tmp_path / "d" / "test.jsonl", heldout)
+    corpus = build_corpus(local_data(tmp_path / "cache", tmp_path / "d"), 400, 0, silent)
+    [count] = corpus.counts
+    assert (count.leaked_documents, count.train_documents, count.heldout_documents) == (3, 20, 10)
+    assert not questions_of(corpus, corpus.train) & questions_of(corpus, corpus.heldout)
+
+
+def test_a_source_does_not_train_on_what_another_holds_out(tmp_path: Path) -> None:
+    write_lines(tmp_path / "d" / "gsm8k" / "train.jsonl", questions(10))
+    write_lines(tmp_path / "d" / "gsm8k" / "test.jsonl", questions(5, first=100))
+    shared = [
+        {"problem": q["question"], "generated_solution": q["answer"], "expected_answer": "1"}
+        for q in questions(20, first=100)
+    ]
+    write_lines(tmp_path / "d" / "openmath" / "train.jsonl", shared)
+    data = local_data(
+        tmp_path / "cache", tmp_path / "d", sources=["gsm8k", "openmath"], heldout_fraction=0.01
+    )
+    corpus = build_corpus(data, 400, 0, silent)
+    assert [count.leaked_documents for count in corpus.counts] == [0, 5]
+
+
+@pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason="no GSM8K beside the project")
+def test_real_gsm8k_has_its_documents_and_finds_its_held_out_split_beside_it(
+    tmp_path: Path,
+) -> None:
+    corpus = build_corpus(local_data(tmp_path, GSM8K / "train.jsonl"), 2048, 0, silent)
+    assert len(corpus.train) + corpus.counts[0].leaked_documents == 7473
+    assert len(corpus.train) == 7473
+    assert len(corpus.heldout) == 1319
+    assert "<|user|>Natalia sold clips to 48" in texts_of(corpus, corpus.train)[0]
+    rows = pack_rows(
+        corpus.train.offsets[:-1], corpus.train.lengths, 2048, split_long=True
+    )
+    assert rows.tokens == len(corpus.train.tokens)
+    assert rows.tokens > 0.98 * len(rows) * 2048
+
+
+
+def test_parquet_and_csv_give_the_documents_of_json_lines(tmp_path: Path) -> None:
+    records = questions(20)
+    table = pd.DataFrame(records)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_csv(tmp_path / "a.csv", index=False)
+    write_lines(tmp_path / "a.jsonl", records)
+    fingerprints = {
+        suffix: build_corpus(
+            local_data(tmp_path / "cache", tmp_path / f"a.{suffix}"), 400, 0, silent
+        ).fingerprint
+        for suffix in ("jsonl", "parquet", "csv")
+    }
+    assert len(set(fingerprints.values())) == 1
+
+
+@pytest.mark.parametrize("answer", ["None", "NA", "null", "007", "1.50"])
+def test_a_csv_cell_is_the_text_that_stands_in_it(tmp_path: Path, answer: str) -> None:
+    records = [{"question": q["question"], "answer": answer} for q in questions(20)]
+    pd.DataFrame(records).to_csv(tmp_path / "a.csv", index=False)
+    corpus = build_corpus(local_data(tmp_path / "cache", tmp_path / "a.csv"), 400, 0, silent)
+    assert all(f"<|assistant|>{answer}<|end|>" in text for text in texts_of(corpus, corpus.train))
+
+
+def test_text_is_one_document_per_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One line.\nTwo.\n\n\n\nBeta.\n\nGamma. \n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Held.", encoding="utf-8")
+    data = local_data(
+        tmp_path / "cache", tmp_path / "a.txt", "text", heldout_path=str(tmp_path / "b.txt")
+    )
+    corpus = build_corpus(data, 400, 0, silent)
+    expected = ["One line.\nTwo.", "Beta.", "Gamma."]
+    assert texts_of(corpus, corpus.train) == [f"{text}<|endoftext|>" for text in expected]
+
+
+def test_openmath_and_slimorca_load_from_a_folder_in_the_hubs_schema(tmp_path: Path) -> None:
+    openmath = [
+        {"problem": f"Find x if x = {i}.", "generated_solution": f"x is {i}.",
+         "expected_answer": str(i), "problem_source": "augmented_math"}
+        for i in range(30)
+    ]
+    slimorca = [
+        {"conversations": [
+            {"from": "system", "value": "You help.", "weight": None},
+            {"from": "human", "value": f"Say {i}.", "weight": 0.0},
+            {"from": "gpt", "value": f"{i}", "weight": 1.0},
+        ]}
+        for i in range(30)
+    ]
+    write_lines(tmp_path / "d" / "openmath.jsonl", openmath)
+    pd.DataFrame(slimorca).to_parquet(tmp_path / "d" / "slimorca.parquet")
+    data = local_data(
+        tmp_path / "cache", tmp_path / "d", sources=["openmath", "slimorca"],
+        mix_ratios={"reasoning": 0.7, "general": 0.3},
+    )
+    corpus = build_corpus(data, 400, 0, silent)
+    texts = texts_of(corpus, corpus.train) + texts_of(corpus, corpus.heldout)
+    expected = [
+        f"<|user|>Find x if x = {i}.<|end|><|assistant|>x is {i}.\n#### {i}<|end|><|endoftext|>"
+        for i in range(30)
+    ] + [
+        f"<|system|>You help.<|end|><|user|>Say {i}.<|end|><|assistant|>{i}<|end|><|endoftext|>"
+        for i in range(30)
+    ]
+    assert sorted(texts) == sorted(expected)
+
+
+
+def refusal(data: DataConfig, vocab_size: int = 400) -> str:
+    """The one line with which a recipe is refused."""
+    with pytest.raises(UserError) as caught:
+        build_corpus(data, vocab_size, 0, silent)
+    assert isinstance(caught.value, DataError | ConfigError)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def good_records(source: str) -> list[Any]:
+    asked = questions(30)
+    if source == "openmath":
+        return [{"problem": q["question"], "generated_solution": "b", "expected_answer": "c"}
+                for q in asked]
+    if source == "slimorca":
+        return [{"conversations": [{"from": "human", "value": q["question"]},
+                                   {"from": "gpt", "value": q["answer"]}]} for q in asked]
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "says"),
+    [
+        ("gsm8k", '{"question": "x", "answer": ', "not JSON"),
+        ("gsm8k", "[1, 2]", "list"),
+        ("gsm8k", '"text"', "str"),
+        ("gsm8k", '{"question": "x"}', "answer"),
+        ("gsm8k", '{"question": 5, "answer": "x"}', "int"),
+        ("gsm8k", '{"question": "x", "answer": null}', "NoneType"),
+        ("gsm8k", '{"question": ["x"], "answer": "y"}', "list"),
+        ("gsm8k", "[" * 100_000, "not JSON"),
+        ("gsm8k", '{"question": "\\ud800 x", "answer": "y"}', ""),
+        ("gsm8k", '{"question": "x", "answer": "\\ud800 y"}', ""),
+        ("gsm8k", '{"question": ' + "1" * 5000 + ', "answer": "y"}', ""),
+        ("openmath", '{"problem": "x", "generated_solution": "y"}', "expected_answer"),
+        ("openmath", '{"problem": 1, "generated_solution": "y", "expected_answer": "1"}', "int"),
+        ("openmath", '{"problem": "x", "generated_solution": null, "expected_answer": "1"}', ""),
+        ("openmath", '{"problem": "x", "generated_solution": ["y"], "expected_answer": "1"}', ""),
+        ("slimorca", '{"conversations": "text"}', "schema"),
+        ("slimorca", '{"conversations": null}', "schema"),
+        ("slimorca", '{"conversations": [{"from": "tool", "value": "x"}]}', "tool"),
+        ("slimorca", '{"conversations": [{"from": "human", "value": 3}]}', "int"),
+        ("slimorca", '{"conversations": []}', ""),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_record_is_refused_by_file_and_line(
+    tmp_path: Path, source: str, line: str, says: str
+) -> None:
+    lines = good_records(source)
+    path = write_lines(tmp_path / "d" / f"{source}.jsonl", [*lines[:16], line, *lines[16:]])
+    message = refusal(local_data(tmp_path / "cache", path, source))
+    assert f"{path}:17" in message
+    assert says in message
+
+
+def test_a_line_that_is_not_utf8_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    lines = path.read_bytes().splitlines()
+    lines[16] = '{"question": "é", "answer": "x"}'.encode("latin-1")
+    path.write_bytes(b"\n".join(lines))
+    message = refusal(local_data(tmp_path / "cache", path))
+    assert f"{path}:17" in message
+    assert "UTF-8" in message
+
+
+def test_a_csv_record_is_refused_by_the_line_that_an_editor_shows(tmp_path: Path) -> None:
+    rows = [f"{q['question']},{q['answer'].splitlines()[0]}" for q in questions(30)]
+    rows[15] = "no answer here,"
+    path = write_lines(tmp_path / "a.csv", ["question,answer", *rows])
+    assert f"{path}:17" in refusal(local_data(tmp_path / "cache", path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".parquet"])
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_is_refused_by_name(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    source = "text" if suffix == ".txt" else "gsm8k"
+    assert path.name in refusal(local_data(tmp_path / "cache", path, source))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".tsv", ""])
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path, suffix: str) -> None:
+    path = write_lines(tmp_path / f"a{suffix}", questions(30))
+    message = refusal(local_data(tmp_path / "cache", path))
+    assert str(path) in message
+    assert ".jsonl" in message and ".parquet" in message
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_damaged_table_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b'question,answer\n"a,b\n')
+    assert str(path) in refusal(local_data(tmp_path / "cache", path))
+
+
+def test_a_missing_path_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    message = refusal(local_data(tmp_path / "cache", path))
+    assert "data.path" in message and str(path) in message
+
+
+def test_a_missing_held_out_path_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    message = refusal(
+        local_data(tmp_path / "cache", path, heldout_path=str(tmp_path / "none.jsonl"))
+    )
+    assert "data.heldout_path" in message and "none.jsonl" in message
+
+
+def test_a_folder_without_the_sources_file_is_refused_with_what_is_expected(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "d").mkdir()
+    message = refusal(local_data(tmp_path / "cache", tmp_path / "d"))
+    assert str(tmp_path / "d") in message and "train.jsonl" in message
+
+
+def test_one_file_for_two_sources_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    data = local_data(tmp_path / "cache", path, sources=["gsm8k", "openmath"])
+    message = refusal(data)
+    assert str(path) in message
+    assert "gsm8k.jsonl and openmath.jsonl" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "names"),
+    [
+        ({"sources": ["gsm9k"]}, "training.data.sources", "gsm9k"),
+        ({"mix_ratios": {"reasoning": 0.5, "tool_use": 0.5}},
+         "training.data.mix_ratios.tool_use", "gsm8k"),
+        ({"mix_ratios": {"resoning": 1.0}}, "training.data.mix_ratios.resoning", "reasoning"),
+        ({"sources": ["text"], "mix_ratios": {"general": 1.0}, "path": None},
+         "data.path", "text"),
+    ],
+)
+def test_a_recipe_that_cannot_be_made_is_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], key: str, names: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    message = refusal(local_data(tmp_path / "cache", path, **changes))
+    assert key in message
+    assert names in message
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_refused_by_key_and_name(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    (tmp_path / "damaged.json").write_text("{}", encoding="utf-8")
+    for name in ("none.json", "damaged.json"):
+        data = local_data(tmp_path / "cache", path, tokenizer=str(tmp_path / name))
+        message = refusal(data)
+        assert "training.data.tokenizer" in message
+        assert name in message
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused_with_both_sizes(
+    tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(30))
+    saved = tmp_path / "tokenizer.json"
+    saved.write_text(tokenizer.to_json(), encoding="utf-8")
+    message = refusal(local_data(tmp_path / "cache", path, tokenizer=str(saved)), 500)
+    assert str(saved) in message
+    assert str(tokenizer.size) in message and "500" in message
+
+
+def test_a_hub_source_without_network_is_refused_at_once_with_the_way_out(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from svend.data.corpus import build_corpus\n"
+        "from svend.errors import DataError\n"
+        "from svend.pipeline.config import DataConfig\n"
+        "data = DataConfig(sources=['gsm8k'], mix_ratios={'reasoning': 1.0}, num_samples=5,\n"
+        "    cache_dir=sys.argv[1])\n"
+        "try:\n"
+        "    build_corpus(data, 400, 0, lambda _: None)\n"
+        "except DataError as error:\n"
+        "    print(error)\n"
+    )
+    start = time.monotonic()
+    done = python(
+        code, str(tmp_path / "cache"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub")
+    )
+    assert time.monotonic() - start < 20
+    [line] = done.stdout.splitlines()
+    assert "gsm8k" in line
+    assert "data.path" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_generated_sources_are_located_without_being_read() -> None:
+    parts = locate_sources(embedded_data(Path("unused"), 10**9), 0)
+    assert [part.source.name for part in parts] == ["gym_reasoning", "gym_tool_use", "gym_general"]
+
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=0, max_size=40),
+    row_length=st.integers(1, 24),
+    gap=st.integers(0, 3),
+    split_long=st.booleans(),
+)
+def test_packing_keeps_every_token_once_in_rows_that_fit(
+    lengths: list[int], row_length: int, gap: int, split_long: bool
+) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes + gap) - sizes
+    rows = pack_rows(starts, sizes, row_length, split_long=split_long)
+
+    for first, last in zip(rows.row_offsets[:-1], rows.row_offsets[1:], strict=True):
+        assert last > first
+        assert rows.lengths[first:last].sum() <= row_length
+    assert rows.row_offsets[-1] == len(rows.starts)
+
+    pieces: dict[int, int] = dict(zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True))
+    assert len(pieces) == len(rows.starts)
+    expected = {}
+    for start, size in zip(starts.tolist(), lengths, strict=True):
+        if size > row_length and not split_long:
+            continue
+        for cut in range(start, start + size, row_length):
+            expected[cut] = min(row_length, start + size - cut)
+    assert pieces == expected
+    assert rows.tokens == sum(expected.values())
+
+
+def test_padding_is_under_two_percent_at_lengths_like_gsm8ks() -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(5.2, 0.4, 7473).astype(np.int64) + 10
+    starts = np.cumsum(lengths) - lengths
+    rows = pack_rows(starts, lengths, 2048, split_long=True)
+    assert 1 - rows.tokens / (len(rows) * 2048) < 0.02
+
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [
+        {"reasoning": 0.6, "tool_use": 0.25, "general": 0.15},
+        {"reasoning": 0.2, "tool_use": 0.2, "general": 0.6},
+        {"reasoning": 0.5, "tool_use": 0.5, "general": 0.0},
+    ],
+)
+def test_a_mix_has_the_ratios_asked_for_and_uses_up_the_scarcest_kind(
+    embedded_corpus: Corpus, ratios: dict[str, float]
+) -> None:
+    part = embedded_corpus.train
+    chosen = mix_documents(part, ratios, 0)
+    assert len(set(chosen.tolist())) == len(chosen)
+    tokens = kind_tokens(part, chosen)
+    for kind, ratio in ratios.items():
+        assert abs(tokens[kind] / sum(tokens.values()) - ratio) < 0.01
+    whole = kind_tokens(part, range(len(part)))
+    assert any(tokens[kind] == whole[kind] for kind in tokens)
+
+
+def test_a_mix_is_random_by_its_seed(embedded_corpus: Corpus) -> None:
+    ratios = {"reasoning": 0.6, "tool_use": 0.25, "general": 0.15}
+    first, again, other = (
+        mix_documents(embedded_corpus.train, ratios, seed).tolist() for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    kinds = embedded_corpus.train.kinds[first[: len(first) // 4]]
+    assert set(kinds.tolist()) == {0, 1, 2}
+
+
+def test_a_kind_without_documents_is_refused(embedded_corpus: Corpus) -> None:
+    part = embedded_corpus.train
+    empty = TokenArray(part.tokens, part.offsets, np.zeros_like(part.kinds))
+    with pytest.raises(DataError, match="tool_use"):
+        mix_documents(empty, {"reasoning": 0.5, "tool_use": 0.5}, 0)
+
+
+def sequences_of(corpus: Corpus, length: int = 128, seed: int = 0) -> PackedSequences:
+    return PackedSequences(
+        corpus.train, embedded_data(Path("unused"), max_seq_length=length), seed
+    )
+
+
+def row_keys(sequences: PackedSequences, first: int, count: int) -> list[bytes]:
+    batch = sequences.batch(first, count)
+    return [row.numpy().tobytes() for row in batch.tokens_BT]
+
+
+def test_each_epoch_holds_every_row_once_in_an_order_of_its_own(embedded_corpus: Corpus) -> None:
+    sequences = sequences_of(embedded_corpus)
+    rows = len(sequences)
+    epochs = [row_keys(sequences, epoch * rows, rows) for epoch in range(3)]
+    assert len(set(epochs[0])) == rows
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
+    assert row_keys(sequences_of(embedded_corpus), rows, rows) == epochs[1]
+    assert row_keys(sequences_of(embedded_corpus, seed=1), 0, rows) != epochs[0]
+
+
+def test_a_batch_holds_whole_documents_and_numbers_them(embedded_corpus: Corpus) -> None:
+    sequences = sequences_of(embedded_corpus, 512)
+    end = embedded_corpus.tokenizer.control_ids["<|endoftext|>"]
+    longest = int(embedded_corpus.train.lengths.max())
+    assert longest <= 512
+    train = Counter(texts_of(embedded_corpus, embedded_corpus.train))
+    seen: Counter[str] = Counter()
+    batch = sequences.batch(0, len(sequences))
+    for tokens_T, documents_T in zip(batch.tokens_BT, batch.documents_BT, strict=True):
+        numbers = [n for n in documents_T.unique().tolist() if n >= 0]
+        assert numbers == list(range(len(numbers)))
+        for number in numbers:
+            ids = tokens_T[documents_T == number].tolist()
+            assert ids[-1] == end and end not in ids[:-1]
+            seen[embedded_corpus.tokenizer.decode(ids)] += 1
+    assert seen <= train
+    assert sum(seen.values()) == len(sequences.mixed_documents)
+    assert int((batch.documents_BT >= 0).sum()) == sequences.tokens_per_epoch
+
+
+@settings(max_examples=25, deadline=None)
+@given(read=st.integers(0, 60), batch_size=st.integers(1, 9))
+def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(
+    embedded_corpus: Corpus, read: int, batch_size: int
+) -> None:
+    stream = BatchStream(sequences_of(embedded_corpus, 512), batch_size)
+    for _ in range(read):
+        next(stream)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = BatchStream(sequences_of(embedded_corpus, 512), batch_size)
+    resumed.load_state_dict(state)
+    assert resumed.epoch == stream.epoch
+    for _ in range(2):
+        expected, measured = next(stream), next(resumed)
+        assert torch.equal(measured.tokens_BT, expected.tokens_BT)
+        assert torch.equal(measured.documents_BT, expected.documents_BT)
+
+
+def test_documents_that_all_exceed_the_row_are_refused_where_they_are_dropped(
+    embedded_corpus: Corpus,
+) -> None:
+    data = embedded_data(Path("x"), max_seq_length=8, long_documents=LongDocuments.DROP)
+    with pytest.raises(DataError, match="max_seq_length"):
+        PackedSequences(embedded_corpus.train, data, 0)
+
+
+def test_the_question_is_what_parts_are_kept_apart_by() -> None:
+    def asked(question: str, answer: str) -> Document:
+        return conversation((Role.USER, question), (Role.ASSISTANT, answer))
+
+    digest = asked("What is 2 + 2?", "4").question_digest
+    assert asked("what  is\n2 + 2? ", "four").question_digest == digest
+    assert asked("What is 2 + 3?", "4").question_digest != digest
