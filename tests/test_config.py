@@ -355,6 +355,7 @@ REFUSED_OVERRIDES = [
     ("training.adam_epsilon", "0", "training.adam_epsilon"),
     ("training.max_grad_norm", ".inf", "training.max_grad_norm"),
     ("training.seed", "null", "training.seed"),
+    ("training.seed", "-1", "training.seed"),
     ("training.seed", "99999999999999999999999", "training.seed"),
     ("training.num_epochs", "0", "training.num_epochs"),
     ("training.batch_size", "0", "training.batch_size"),
