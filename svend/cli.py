@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from svend import __version__
 from svend.errors import ConfigError, UserError
@@ -28,9 +29,8 @@ EXIT_INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
     try:
+        known, rest = _parser().parse_known_args(arguments)
         if known.command == "scales":
             if rest:
                 raise ConfigError(f"scales takes no option {rest[0]}")
@@ -42,8 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="svend", description="Train decoder-only reasoning models, gated at every rung."
     )
     parser.add_argument("--version", action="version", version=f"svend {__version__}")

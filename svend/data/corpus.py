@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from svend.data.documents import Document, Kind
 from svend.data.sources import SourceParts, locate_sources
@@ -88,7 +90,8 @@ def build_corpus(data: DataConfig, vocab_size: int, seed: int, progress: Progres
     cache = Path(data.cache_dir).expanduser() / _cache_key(data, parts, vocab_size)
     if not (cache / "corpus.json").is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix="building-", dir=cache.parent))
+        _remove_abandoned(cache.parent)
+        building = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=cache.parent))
         try:
             _write_corpus(building, data, parts, vocab_size, progress)
             _move_into_place(building, cache)
@@ -111,7 +114,16 @@ def _cache_key(data: DataConfig, parts: list[SourceParts], vocab_size: int) -> s
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes were building."""
+    for building in folder.glob("building-*-*"):
+        if not psutil.pid_exists(int(building.name.split("-")[1])):
+            shutil.rmtree(building, ignore_errors=True)
+
+
 def _move_into_place(building: Path, cache: Path) -> None:
+    if cache.exists() and not (cache / "corpus.json").is_file():
+        shutil.rmtree(cache)
     try:
         building.rename(cache)
     except OSError:
@@ -134,16 +146,40 @@ def _write_corpus(
         tokenizer = train_tokenizer(train_documents, vocab_size)
     else:
         tokenizer = load_tokenizer(data.tokenizer, vocab_size)
-    counts = []
     digest = hashlib.sha256(tokenizer.sha256.encode())
     for name, side in ((TRAIN, 0), (HELDOUT, 1)):
         if not any(part[side] for part in divided):
             raise DataError(
                 f"the {name} part is empty: {sum(len(t) + len(h) for t, h in divided)} documents "
-                f"in {', '.join(part.source.name for part in parts)} are too few; give more data, "
+                f"in {', '.join(part.place for part in parts)} are too few; give more data, "
                 "or a held-out file with data.heldout_path"
             )
-    writers = {name: _PartWriter(folder, name) for name in (TRAIN, HELDOUT)}
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(contextlib.closing(_PartWriter(folder, name)))
+            for name in (TRAIN, HELDOUT)
+        }
+        counts = _tokenize(writers, tokenizer, parts, divided, leaked, progress)
+        for writer in writers.values():
+            digest.update(writer.finish())
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    meta = {
+        "fingerprint": digest.hexdigest(),
+        "tokenizer_origin": tokenizer.origin,
+        "counts": [dataclasses.asdict(count) for count in counts],
+    }
+    (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _tokenize(
+    writers: dict[str, _PartWriter],
+    tokenizer: DocumentTokenizer,
+    parts: list[SourceParts],
+    divided: list[Divided],
+    leaked: list[int],
+    progress: Progress,
+) -> list[SourceCount]:
+    counts = []
     for part, (train, heldout), leaks in zip(parts, divided, leaked, strict=True):
         progress(f"tokenising {part.source.name}: {len(train) + len(heldout):,} documents")
         tokens = {
@@ -154,22 +190,14 @@ def _write_corpus(
             part.source.name, part.source.kind.value, len(train), tokens[TRAIN], len(heldout),
             tokens[HELDOUT], leaks, part.identity,
         ))
-    for writer in writers.values():
-        digest.update(writer.close())
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    meta = {
-        "fingerprint": digest.hexdigest(),
-        "tokenizer_origin": tokenizer.origin,
-        "counts": [dataclasses.asdict(count) for count in counts],
-    }
-    (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return counts
 
 
 def _divide(part: SourceParts, heldout_fraction: float) -> Divided:
     """Return the train and the held-out documents of a source."""
     documents = list(part.train())
     if not documents:
-        raise DataError(f"source '{part.source.name}': the train part is empty; give more data")
+        raise DataError(f"source '{part.source.name}' ({part.place}): empty; give more data")
     if part.heldout is not None:
         train, heldout = documents, list(part.heldout())
     else:
@@ -214,11 +242,13 @@ class _PartWriter:
             self._kinds.extend(kind for _ in encoded)
         return sum(self._lengths) - before
 
-    def close(self) -> bytes:
-        """Finish the files; return a hash of what they hold."""
+    def close(self) -> None:
+        self._stream.close()
+
+    def finish(self) -> bytes:
+        """Write the rest and flush; return a hash of what the files hold."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
         offsets = np.cumsum([0, *self._lengths], dtype=np.int64)
         kinds = np.array(self._kinds, dtype=np.uint8)
         np.save(self._folder / f"{self._name}.offsets.npy", offsets)

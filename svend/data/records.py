@@ -80,7 +80,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
                 raise DataError(
                     f"{place}: not UTF-8 at byte {error.start}; save the file as UTF-8"
                 ) from None
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON ({error}); mend or remove the line") from None
             if not isinstance(record, dict):
                 raise DataError(
@@ -94,11 +94,14 @@ def _table_rows(path: Path) -> Iterator[tuple[str, Record]]:
     import pandas as pd
 
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else (
+            pd.read_csv(path, dtype=str, keep_default_na=False)
+        )
     except (ValueError, OSError) as error:
         # pyarrow's and pandas' own errors derive from these two.
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    for number, record in enumerate(table.to_dict("records"), start=1):
+    first = 2 if path.suffix == ".csv" else 1  # a CSV's first line names the columns
+    for number, record in enumerate(table.to_dict("records"), start=first):
         yield f"{path}:{number}", {str(key): value for key, value in record.items()}
 
 

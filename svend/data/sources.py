@@ -45,6 +45,7 @@ class SourceParts:
     """One source of a run, found but not yet read: its train part and, if it has one, held-out."""
 
     source: Source
+    place: str
     identity: dict[str, Any]
     train: Callable[[], Iterator[Document]]
     heldout: Callable[[], Iterator[Document]] | None
@@ -57,13 +58,19 @@ def gsm8k_document(record: Record) -> Document:
 
 def openmath_document(record: Record) -> Document:
     """nvidia/OpenMathInstruct-2: problem, generated_solution, expected_answer."""
-    answer = f"{record['generated_solution']}\n#### {record['expected_answer']}"
+    solution, expected = record["generated_solution"], record["expected_answer"]
+    if not isinstance(solution, str) or not isinstance(expected, str):
+        raise ValueError("generated_solution and expected_answer must be text")
+    answer = f"{solution}\n#### {expected}"
     return conversation((Role.USER, record["problem"]), (Role.ASSISTANT, answer))
 
 
 def slimorca_document(record: Record) -> Document:
     """Open-Orca/SlimOrca: conversations, a list of from (system, human, gpt) and value."""
     roles = {"system": Role.SYSTEM, "human": Role.USER, "gpt": Role.ASSISTANT}
+    for turn in record["conversations"]:
+        if turn["from"] not in roles:
+            raise ValueError(f"unknown speaker '{turn['from']}'; known: {', '.join(roles)}")
     return conversation(
         *((roles[turn["from"]], turn["value"]) for turn in record["conversations"])
     )
@@ -106,6 +113,17 @@ def locate_sources(data: DataConfig, seed: int) -> list[SourceParts]:
         raise ConfigError(
             f"training.data.sources: unknown source '{unknown[0]}'; known: {', '.join(SOURCES)}"
         )
+    from_records = [name for name in data.sources if isinstance(SOURCES[name], RecordSource)]
+    if data.path is not None and not from_records:
+        raise ConfigError(
+            f"data.path = {data.path}: the sources {', '.join(data.sources)} are made on the spot "
+            "and read no file; choose another recipe, such as data=gsm8k"
+        )
+    if data.heldout_path is not None and len(from_records) != 1:
+        raise ConfigError(
+            f"data.heldout_path = {data.heldout_path}: is for one source that is read from files; "
+            f"the recipe has {len(from_records)}"
+        )
     kinds = {SOURCES[name].kind.value for name in data.sources}
     known_kinds = [kind.value for kind in Kind]
     for kind, ratio in data.mix_ratios.items():
@@ -132,7 +150,8 @@ def _locate(source: Source, data: DataConfig, seed: int) -> SourceParts:
             "count": count,
             "seed": seed,
         }
-        return SourceParts(source, identity, lambda: generate(count, seed), None)
+        place = identity["generator"]
+        return SourceParts(source, str(place), identity, lambda: generate(count, seed), None)
     if data.path is None:
         return _locate_on_hub(source, count)
     train_path, heldout_path = _local_files(source, data)
@@ -141,6 +160,7 @@ def _locate(source: Source, data: DataConfig, seed: int) -> SourceParts:
         identity["heldout"] = file_digest(heldout_path)
     return SourceParts(
         source,
+        str(train_path),
         identity,
         lambda: _documents(source, read_records(train_path)),
         None if heldout_path is None else lambda: _documents(source, read_records(heldout_path)),
@@ -160,7 +180,7 @@ def _locate_on_hub(source: RecordSource, count: int) -> SourceParts:
     identity = {"source": source.name, "repository": source.repository,
                 "revision": source.revision, "count": count}
     heldout = part(source.heldout_split) if source.heldout_split else None
-    return SourceParts(source, identity, part("train"), heldout)
+    return SourceParts(source, source.repository, identity, part("train"), heldout)
 
 
 def _local_files(source: RecordSource, data: DataConfig) -> tuple[Path, Path | None]:
@@ -203,11 +223,20 @@ def _documents(source: RecordSource, records: Iterator[tuple[str, Record]]) -> I
             raise DataError(
                 f"{place}: no key {error} for source '{source.name}'; found {', '.join(record)}"
             ) from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{place}: not in the schema of '{source.name}' ({error})") from None
+        if not document.messages:
+            raise DataError(f"{place}: no messages for source '{source.name}'; remove the record")
         for message in document.messages:
             if not isinstance(message.content, str):
                 raise DataError(
                     f"{place}: {message.role.value} is {type(message.content).__name__}, not text"
                 )
+            try:
+                message.content.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{place}: {message.role.value} is not Unicode text ({error.reason} at "
+                    f"character {error.start + 1}); mend the record"
+                ) from None
         yield document

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from svend.data.documents import Document, Role
 from svend.errors import DataError
@@ -28,10 +28,11 @@ class DocumentTokenizer:
     """A byte-level BPE with Svend's control tokens."""
 
     def __init__(self, tokenizer: Tokenizer, *, origin: str) -> None:
-        missing = [token for token in CONTROL_TOKENS if tokenizer.token_to_id(token) is None]
-        if missing:
-            tokenizer.add_special_tokens(missing)
+        # Also where a loaded file has them as ordinary tokens, which text could spell.
+        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in CONTROL_TOKENS])
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.origin = origin
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from svend.data.stream import PackedSequences
 from svend.device import autocast
+from svend.errors import DataError
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import Precision
 
@@ -54,6 +55,22 @@ def measure_heldout_loss(
     """
     was_training = model.training
     model.eval()
+    try:
+        sums, tokens = _sum_losses(model, sequences, count, precision, device)
+    finally:
+        model.train(was_training)
+    if sum(tokens) == 0:
+        raise DataError("the held-out part predicts no token; give longer held-out documents")
+    return _ratio_estimate([float(summed) for summed in sums], tokens)
+
+
+def _sum_losses(
+    model: nn.Module,
+    sequences: PackedSequences,
+    count: int,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[list[torch.Tensor], list[int]]:
     sums, tokens = [], []
     with torch.no_grad():
         for number in range(min(count, len(sequences))):
@@ -64,8 +81,7 @@ def measure_heldout_loss(
                 summed = model(on_device.tokens_BT, labels_BT.to(device), on_device.documents_BT)
             sums.append(summed)
             tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
-    model.train(was_training)
-    return _ratio_estimate([float(summed) for summed in sums], tokens)
+    return sums, tokens
 
 
 def _ratio_estimate(sums: list[float], tokens: list[int]) -> HeldoutLoss:

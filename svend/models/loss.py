@@ -56,7 +56,8 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         if grad is None:
             return None, None, None
         grad_x_ND, grad_w_VD = ctx.saved_tensors
-        scaled_x_ND = None if grad_x_ND is None else grad_x_ND * grad.to(grad_x_ND.dtype)
+        # A scalar does not promote: the product keeps grad_x's dtype, with the scale in fp32.
+        scaled_x_ND = None if grad_x_ND is None else grad_x_ND * grad
         return scaled_x_ND, None if grad_w_VD is None else grad_w_VD * grad, None
 
 

@@ -27,6 +27,7 @@ from svend.errors import CheckpointError, ConfigError
 
 METADATA = "metadata.json"
 MODEL = "model.pt"
+EXTRA_STATE = "extra_state.pt"  # in every checkpoint
 
 
 class Stateful(Protocol):
@@ -117,9 +118,11 @@ class CheckpointManager:
             _write_text(writing / METADATA, json.dumps(metadata, indent=1))
             _flush_folder(writing)
             self._move_into_place(writing, self.output_dir / checkpoint_id)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch.save raises RuntimeError where the disk is full.
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
             raise CheckpointError(
-                f"{self.output_dir / checkpoint_id}: cannot be written ({error.strerror}); free "
+                f"{self.output_dir / checkpoint_id}: cannot be written ({reason}); free "
                 "disk space or choose another checkpoint_dir; earlier checkpoints are untouched"
             ) from error
         finally:
@@ -201,13 +204,12 @@ class CheckpointManager:
             state = _read(checkpoint.path / f"{name}.pt")
             try:
                 part.load_state_dict(state)
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.pt does not fit this {name}: "
                     f"{' '.join(str(error).split())[:300]}"
                 ) from None
-        extra = checkpoint.path / "extra_state.pt"
-        return checkpoint.step, checkpoint.epoch, _read(extra) if extra.exists() else {}
+        return checkpoint.step, checkpoint.epoch, _read(checkpoint.path / EXTRA_STATE)
 
     def print_summary(self) -> None:
         """Print a line for each checkpoint, the best one marked."""
@@ -236,8 +238,9 @@ class CheckpointManager:
                 shutil.rmtree(replaced)
             else:
                 replaced.rename(place)
-        for writing in self.output_dir.glob(".writing-*"):
-            if not psutil.pid_exists(int(writing.name.rsplit("-", 1)[1])):
+        for writing in self.output_dir.glob(".writing-step_*-*"):
+            process = writing.name.rsplit("-", 1)[1]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
                 shutil.rmtree(writing)
 
     def _prune(self) -> None:
@@ -258,6 +261,8 @@ class CheckpointManager:
 
 def verify(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every file is there and has the hash that was recorded."""
+    if EXTRA_STATE not in checkpoint.files:
+        raise CheckpointError(f"{checkpoint.path / METADATA}: lists no {EXTRA_STATE}")
     for name, entry in checkpoint.files.items():
         path = checkpoint.path / name
         if not path.is_file():

@@ -170,6 +170,10 @@ class ModelConfig:
             self.num_key_value_heads,
             f"a divisor of model.num_attention_heads ({self.num_attention_heads})",
         )
+        theta = self.rope_theta
+        _require(math.isfinite(theta) and theta > 0, "model.rope_theta", theta, "above 0")
+        _require(self.recommended_samples >= 1, "model.recommended_samples",
+                 self.recommended_samples, "at least 1")
         _require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536")
 
 
@@ -271,7 +275,18 @@ class TrainingConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+        decay = self.weight_decay
+        _require(math.isfinite(decay) and decay >= 0, "training.weight_decay", decay, "at least 0")
+        _require(0 <= self.seed < 2**32, "training.seed", self.seed, "at least 0 and below 2^32")
+        _require(
+            self.schedule is not Schedule.WSD or self.warmup_ratio + self.decay_ratio <= 1,
+            "training.decay_ratio",
+            self.decay_ratio,
+            "at most 1 together with training.warmup_ratio",
+        )
+        for name, threshold in self.validation_gates.items():
+            key = f"training.validation_gates.{name}"
+            _require(not math.isnan(threshold), key, threshold, "a number")
         for name in ("warmup_ratio", "decay_ratio", "min_learning_rate_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"training.{name}", value, "between 0 and 1")
@@ -300,6 +315,8 @@ class ValidationGate:
             raise ConfigError(
                 f"gate '{self.name}': comparison '{self.comparison}' is not one of <, <=, >, >=, =="
             )
+        if isinstance(self.threshold, float) and math.isnan(self.threshold):
+            raise ConfigError(f"gate '{self.name}': threshold = nan: must be a number")
 
 
 def _default_gates(level: str) -> Any:
@@ -336,8 +353,13 @@ class PipelineConfig:
         data = self.training.data
         data = dataclasses.replace(
             data,
-            max_seq_length=data.max_seq_length or model.max_position_embeddings,
-            num_samples=data.num_samples or model.recommended_samples,
+            max_seq_length=(
+                model.max_position_embeddings if data.max_seq_length is None
+                else data.max_seq_length
+            ),
+            num_samples=(
+                model.recommended_samples if data.num_samples is None else data.num_samples
+            ),
         )
         training = dataclasses.replace(self.training, data=data)
         resolved = dataclasses.replace(self, model=model, training=training)

@@ -9,6 +9,8 @@ from svend.errors import ConfigError
 from svend.pipeline.config import CONF_DIR, PipelineConfig, read_group
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml
 
+GROUPS = ("scale", "data", "gates", "profile")
+
 
 def load_config(
     groups: Mapping[str, str] | None = None, overrides: Sequence[tuple[str, str]] = ()
@@ -20,6 +22,9 @@ def load_config(
     `training.data.`. Raises ConfigError, in one line, for whatever does not fit.
     """
     tree = read_yaml(CONF_DIR / "config.yaml")
+    unknown = set(groups or {}) - set(GROUPS)
+    if unknown:
+        raise ConfigError(f"unknown group {min(unknown)}: known: {', '.join(GROUPS)}")
     chosen = tree.pop("groups") | dict(groups or {})
     scale = read_group("scale", chosen["scale"])
     chosen.setdefault("profile", scale["profile"])
@@ -28,7 +33,14 @@ def load_config(
         tree = merge_trees(tree, read_group(group, chosen[group]))
     for key, text in overrides:
         tree = _set(tree, key, text)
-    return build(PipelineConfig, tree).resolve()
+    config = build(PipelineConfig, tree)
+    scale_name = config.training.model_scale.value
+    if scale_name != chosen["scale"]:
+        raise ConfigError(
+            f"training.model_scale = {scale_name}: the scale is {chosen['scale']}; "
+            f"choose it with scale={scale_name}, which sets the model too"
+        )
+    return config.resolve()
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> dict[str, Any]:
@@ -36,7 +48,11 @@ def _set(tree: dict[str, Any], key: str, text: str) -> dict[str, Any]:
     parts = (("training." if key.startswith("data.") else "") + key).split(".")
     if not all(parts):
         raise ConfigError(f"'{key}' is not a key: expected a form such as training.max_steps")
-    branch = parse_value(text)
-    for part in reversed(parts):
-        branch = {part: branch}
-    return merge_trees(tree, branch)
+    root = dict(tree)
+    section = root
+    for part in parts[:-1]:
+        below = section.get(part)
+        section[part] = dict(below) if isinstance(below, dict) else {}
+        section = section[part]
+    section[parts[-1]] = parse_value(text)
+    return root

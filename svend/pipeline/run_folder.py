@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ class RunIdentity:
 
     run_id: str
     tracking_uri: str
+    experiment: str
     scale: str
     data_fingerprint: str
     finished: bool = False
@@ -132,7 +134,10 @@ class RunFolder:
 
     def _write_identity(self) -> None:
         temporary = self.path / f".{RUN_FILE}"
-        temporary.write_text(json.dumps(asdict(self.identity), indent=1), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(self.identity), indent=1))
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.rename(self.path / RUN_FILE)
 
 
@@ -142,9 +147,21 @@ def _path(checkpoint_dir: str, experiment: str, number: int) -> Path:
 
 
 def _existing(checkpoint_dir: str, experiment: str) -> Iterable[RunFolder]:
-    number = 1
-    while (path := _path(checkpoint_dir, experiment, number)).exists():
-        if (path / RUN_FILE).is_file():
-            identity = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-            yield RunFolder(path, RunIdentity(**identity))
-        number += 1
+    """The experiment's run folders, oldest first; folders of others with such names left out."""
+    first = _path(checkpoint_dir, experiment, 1)
+    numbered = {1: first}
+    for path in first.parent.glob(f"{first.name}-*"):
+        number = path.name.removeprefix(f"{first.name}-")
+        if number.isdecimal():
+            numbered[int(number)] = path
+    for _, path in sorted(numbered.items()):
+        if not (path / RUN_FILE).is_file():
+            continue
+        try:
+            identity = RunIdentity(**json.loads((path / RUN_FILE).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path / RUN_FILE}: damaged ({error}); restore it, or move the folder away"
+            ) from None
+        if identity.experiment == experiment:
+            yield RunFolder(path, identity)

@@ -192,7 +192,8 @@ class PipelineRunner:
         state = build_state(model, stream, training, total_steps, device)
         if folder is None:
             folder = RunFolder.create(config, RunIdentity(
-                tracked.run_id, tracked.tracking_uri, training.model_scale.value, corpus.fingerprint
+                tracked.run_id, tracked.tracking_uri, training.experiment_name,
+                training.model_scale.value, corpus.fingerprint,
             ))
         manager = CheckpointManager(folder.path, training.save_total_limit)
         job = _Job(

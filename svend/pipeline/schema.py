@@ -96,7 +96,12 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """Return a configuration as YAML that `build` turns back into the same values."""
+    """Return a configuration as YAML that `build` turns back into the same values.
+
+    Raises ConfigError for a text that means something to OmegaConf.
+    """
+    for name, value in flatten(to_tree(config)).items():
+        _refuse_omegaconf_syntax(value, name)
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
@@ -114,31 +119,49 @@ def _dataclass_in(hint: Any) -> type | None:
     return None
 
 
-def _check_keys(schema: type, tree: Any, *, where: str) -> None:
-    """Raise ConfigError for the first key that `schema` does not have, with the nearest one."""
-    if isinstance(tree, list):
-        for index, item in enumerate(tree):
-            _check_keys(schema, item, where=f"{where.rstrip('.')}[{index}].")
-        return
-    if not isinstance(tree, dict):
-        return
+def _check_keys(schema: type, tree: dict[str, Any], *, where: str) -> None:
+    """Raise ConfigError for the first key or value whose place or kind is not `schema`'s."""
     hints = _hints(schema)
     for key, value in tree.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(hints)}"
             raise ConfigError(f"unknown key {where}{key}: {hint}")
-        inner = _dataclass_in(hints[key])
-        container = typing.get_origin(hints[key])
-        if container is list and not isinstance(value, list):
-            raise ConfigError(f"{where}{key} = {value}: must be a list, such as [a, b]")
-        if container is dict and not isinstance(value, dict):
-            raise ConfigError(f"{where}{key} = {value}: must be a mapping, such as {{a: 1}}")
-        if inner is not None:
-            section = list if container is list else dict
-            if value is not None and not isinstance(value, section):
-                raise ConfigError(f"{where}{key} = {value}: is a section, set one of its keys")
-            _check_keys(inner, value, where=f"{where}{key}.")
+        _check_kind(hints[key], value, f"{where}{key}")
+
+
+def _check_kind(hint: Any, value: Any, name: str) -> None:
+    """Raise ConfigError unless `value` is the scalar, list, mapping or section that it must be."""
+    inner, container = _dataclass_in(hint), typing.get_origin(hint)
+    if container is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} = {value}: must be a list, such as [a, b]")
+        for index, item in enumerate(value):
+            if inner is None:
+                _check_kind(None, item, f"{name}[{index}]")
+            elif not isinstance(item, dict):
+                raise ConfigError(f"{name}[{index}] = {item}: must be a mapping")
+            else:
+                # OmegaConf names no place within a list: each item is tried by itself.
+                build(inner, item, prefix=f"{name}[{index}].")
+    elif container is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} = {value}: must be a mapping, such as {{a: 1}}")
+        for key, item in value.items():
+            _check_kind(None, item, f"{name}.{key}")
+    elif inner is not None:
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{name} = {value}: is a section, set one of its keys")
+        _check_keys(inner, value or {}, where=f"{name}.")
+    elif isinstance(value, dict | list):
+        raise ConfigError(f"{name} = {value}: must be a single value")
+    else:
+        _refuse_omegaconf_syntax(value, name)
+
+
+def _refuse_omegaconf_syntax(value: Any, name: str) -> None:
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        raise ConfigError(f"{name} = {value}: ${{ and ??? cannot be part of a value")
 
 
 def _clear_mappings(schema: type, tree: dict[str, Any], base: DictConfig) -> None:

@@ -60,7 +60,7 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        if self.measurement is None or math.isnan(self.measurement.value):
+        if self.measurement is None or not math.isfinite(self.measurement.value):
             return False
         compare = COMPARISONS[self.gate.comparison]
         return bool(compare(self.measurement.value, self.gate.threshold))
