@@ -543,7 +543,7 @@ def _create(
     folder: Path, run_id: str = "r", scale: str = "tiny", experiment: str = "svend",
     saved: bool = True,
 ) -> RunFolder:
-    identity = RunIdentity(run_id, "sqlite:///x", scale, "da7a")
+    identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a")
     run = RunFolder.create(_config(folder, experiment, scale), identity)
     if saved:
         (run.path / "step_00000001").mkdir()
@@ -554,7 +554,8 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     runs = [_create(tmp_path / "new", str(i)) for i in range(3)]
     assert [run.path.name for run in runs] == ["svend", "svend-2", "svend-3"]
     assert json.loads((runs[1].path / "run.json").read_text()) == {
-        "run_id": "1", "tracking_uri": "sqlite:///x", "scale": "tiny", "data_fingerprint": "da7a",
+        "run_id": "1", "tracking_uri": "sqlite:///x", "experiment": "svend", "scale": "tiny",
+        "data_fingerprint": "da7a",
         "finished": False}
 
 
@@ -580,7 +581,7 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
     _create(tmp_path, "without a checkpoint", saved=False)
     _create(tmp_path, "another experiment", experiment="other")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
-    assert found.identity == RunIdentity("wanted", "sqlite:///x", "tiny", "da7a")
+    assert found.identity == RunIdentity("wanted", "sqlite:///x", "svend", "tiny", "da7a")
     assert found.path == tmp_path / "svend-2"
 
 
@@ -629,7 +630,7 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "tiny", "da7a"))
+                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a"))
     moved = _config(tmp_path / "moved", **{"data": DataConfig(), **changes}).resolve()
     run.check_resumable(moved, "da7a")
 
@@ -648,7 +649,7 @@ def test_a_run_is_not_resumed_as_another_run(
     tmp_path: Path, changes: dict[str, Any], fingerprint: str, named: str
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "tiny", "da7a"))
+                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a"))
     with pytest.raises(UserError, match=r"^cannot resume") as refusal:
         run.check_resumable(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve(),
                             fingerprint)

@@ -247,6 +247,7 @@ PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$?"), max_
 NAMES = PLAIN_TEXT.filter(lambda text: bool(text.strip()))
 COUNTS = st.integers(1, 10**6)
 RATIOS = st.floats(0, 1)
+HALVES = st.floats(0, 0.5)
 POSITIVE = st.floats(1e-30, 1e30)
 
 
@@ -269,7 +270,7 @@ TRAINING = st.builds(
     TrainingConfig, experiment_name=NAMES, model_scale=st.sampled_from(ModelScale),
     seed=st.integers(0, 2**63 - 1), num_epochs=COUNTS, max_steps=st.none() | COUNTS,
     batch_size=COUNTS, gradient_accumulation_steps=COUNTS, learning_rate=POSITIVE,
-    schedule=st.sampled_from(Schedule), warmup_ratio=RATIOS, decay_ratio=RATIOS,
+    schedule=st.sampled_from(Schedule), warmup_ratio=HALVES, decay_ratio=HALVES,
     min_learning_rate_ratio=RATIOS, weight_decay=st.floats(0, 1e30),
     adam_beta1=st.floats(0, 1, exclude_max=True), adam_beta2=st.floats(0, 1, exclude_max=True),
     adam_epsilon=POSITIVE, max_grad_norm=POSITIVE, precision=st.sampled_from(Precision),
@@ -296,13 +297,22 @@ def test_saving_and_loading_a_training_config_is_the_identity(training: Training
 
 @pytest.mark.parametrize("text", [
     "on", "null", "1e-4", "007", "a: b", "# no comment", "two\nlines", " spaced ", "'", '"', "é",
-    "!!str x", "???", "${seed}", "${oc.env:HOME}", "a $ b", "\\${x}",
+    "!!str x", "a $ b",
 ])
 def test_text_that_yaml_could_mistake_survives_saving_and_loading(text: str) -> None:
     training = TrainingConfig(
         experiment_name=text, data=DataConfig(sources=[text], path=text, mix_ratios={text: 1.0})
     )
     assert _save_and_load(training) == training
+
+
+@pytest.mark.parametrize("text", ["???", "${seed}", "${oc.env:HOME}", "\\${x}"])
+def test_text_that_means_something_to_omegaconf_is_refused_when_saving(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ConfigError, match="experiment_name"):
+        TrainingConfig(experiment_name=text).save(tmp_path / "training.yaml")
+    assert not (tmp_path / "training.yaml").exists()
 
 
 def test_a_resolved_config_survives_as_the_overrides_that_it_is() -> None:

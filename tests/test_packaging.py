@@ -46,13 +46,13 @@ def test_conda_and_pip_install_the_same_packages() -> None:
 def test_every_place_names_the_same_python() -> None:
     (conda,) = [d.removeprefix("python=") for d in _yaml("conda.yaml")["dependencies"]
                 if isinstance(d, str) and d.startswith("python=")]
-    major, minor = (int(part) for part in conda.split("."))
+    major, minor, _ = (int(part) for part in conda.split("."))
     pyproject = _pyproject()
-    assert pyproject["project"]["requires-python"] == f">={conda},<{major}.{minor + 1}"
-    assert pyproject["tool"]["mypy"]["python_version"] == conda
+    assert pyproject["project"]["requires-python"] == f">={major}.{minor},<{major}.{minor + 1}"
+    assert pyproject["tool"]["mypy"]["python_version"] == f"{major}.{minor}"
     assert pyproject["tool"]["ruff"]["target-version"] == f"py{major}{minor}"
     assert re.search(r"^PYTHON \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)[1] == (  # type: ignore[index]
-        f"python{conda}"
+        f"python{major}.{minor}"
     )
 
 

@@ -232,6 +232,8 @@ def _documents(source: RecordSource, records: Iterator[tuple[str, Record]]) -> I
                 raise DataError(
                     f"{place}: {message.role.value} is {type(message.content).__name__}, not text"
                 )
+            if not message.content.strip() and message is document.messages[-1]:
+                raise DataError(f"{place}: the {message.role.value} is empty; remove the record")
             try:
                 message.content.encode()
             except UnicodeEncodeError as error:

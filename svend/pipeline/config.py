@@ -277,7 +277,7 @@ class TrainingConfig:
             _require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
         decay = self.weight_decay
         _require(math.isfinite(decay) and decay >= 0, "training.weight_decay", decay, "at least 0")
-        _require(0 <= self.seed < 2**32, "training.seed", self.seed, "at least 0 and below 2^32")
+        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
         _require(
             self.schedule is not Schedule.WSD or self.warmup_ratio + self.decay_ratio <= 1,
             "training.decay_ratio",

@@ -134,16 +134,7 @@ def _check_kind(hint: Any, value: Any, name: str) -> None:
     """Raise ConfigError unless `value` is the scalar, list, mapping or section that it must be."""
     inner, container = _dataclass_in(hint), typing.get_origin(hint)
     if container is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{name} = {value}: must be a list, such as [a, b]")
-        for index, item in enumerate(value):
-            if inner is None:
-                _check_kind(None, item, f"{name}[{index}]")
-            elif not isinstance(item, dict):
-                raise ConfigError(f"{name}[{index}] = {item}: must be a mapping")
-            else:
-                # OmegaConf names no place within a list: each item is tried by itself.
-                build(inner, item, prefix=f"{name}[{index}].")
+        _check_list(inner, value, name)
     elif container is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{name} = {value}: must be a mapping, such as {{a: 1}}")
@@ -157,6 +148,19 @@ def _check_kind(hint: Any, value: Any, name: str) -> None:
         raise ConfigError(f"{name} = {value}: must be a single value")
     else:
         _refuse_omegaconf_syntax(value, name)
+
+
+def _check_list(inner: type | None, value: Any, name: str) -> None:
+    if not isinstance(value, list):
+        raise ConfigError(f"{name} = {value}: must be a list, such as [a, b]")
+    for index, item in enumerate(value):
+        if inner is None:
+            _check_kind(None, item, f"{name}[{index}]")
+        elif not isinstance(item, dict):
+            raise ConfigError(f"{name}[{index}] = {item}: must be a mapping")
+        else:
+            # OmegaConf names no place within a list: each item is tried by itself.
+            build(inner, item, prefix=f"{name}[{index}].")
 
 
 def _refuse_omegaconf_syntax(value: Any, name: str) -> None:

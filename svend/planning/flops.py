@@ -13,8 +13,9 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Return model FLOPs of a forward pass, per token.
 
     2 (blocks + head) + 2 L T d: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1, with the
-    embedding look-up left out, the head and the norms' gains (under 0.1%) counted, and causal attention counted as the half that
-    it is. Masks between documents, which save more, are not subtracted.
+    embedding look-up left out, the head counted (and the norms' gains, under 0.1%), and causal
+    attention counted as the half that it is. Masks between documents, which save more, are not
+    subtracted.
     """
     weights = model.num_block_parameters() + model.vocab_size * model.hidden_size
     attention = model.num_hidden_layers * sequence_length * model.hidden_size
