@@ -287,3 +287,20 @@ def test_the_real_gsm8k_trains_with_its_own_test_set_held_out(workplace: Workpla
     run = only_run(workplace, "svend")
     heldout = dict(losses(workplace, run, "eval/heldout_loss"))
     assert heldout[40] < heldout[0] - 1
+
+
+def test_a_run_killed_before_its_verdict_gets_it_when_resumed(workplace: Workplace) -> None:
+    # The verdict on the only checkpoint, the last, is taken away, as a kill right after the save
+    # would leave it.
+    done = workplace.run(workplace.train_command(training__save_steps="40"))
+    assert done.returncode == 0, done.stdout
+    folder = workplace.checkpoints / "svend"
+    identity = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps({**identity, "finished": False}))
+    (folder / "verdicts.jsonl").unlink()
+    resumed = workplace.run(workplace.train_command("--resume", training__save_steps="40"))
+    assert resumed.returncode == 0, resumed.stdout
+    lines = (folder / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["level"] for line in lines if line} == {"quick", "standard"}
+    client = MlflowClient(workplace.tracking_uri)
+    assert client.get_registered_model("svend-debug").aliases["standard"] == 2

@@ -230,6 +230,8 @@ class PipelineRunner:
         training, total_steps = job.config.training, job.plan.total_steps
         if job.state.step == 0:
             self._evaluate(job)
+        else:
+            self._decide_if_undecided(job)
         pending: list[StepMetrics] = []
         progress = TrainingProgress(self._console, total_steps, job.state.step)
         with progress, signals.deferred():
@@ -298,11 +300,14 @@ class PipelineRunner:
         return measured
 
     def _evaluate_and_save(self, job: _Job, metrics: StepMetrics) -> None:
-        """Measure the weights, save them, and decide STANDARD and QUICK on what was saved."""
+        """Measure the weights, save them, and decide on what was saved."""
         measured = self._evaluate(job)
         values = {"loss": measured.loss, "perplexity": measured.perplexity,
                   "gradient_norm": float(metrics.gradient_norm)}
-        checkpoint = self._save(job, values)
+        self._decide(job, self._save(job, values), measured)
+
+    def _decide(self, job: _Job, checkpoint: Checkpoint, measured: HeldoutLoss) -> None:
+        """Decide QUICK and STANDARD on a checkpoint, whose weights are the model's."""
         evidence = Evidence(
             job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
         )
@@ -316,21 +321,31 @@ class PipelineRunner:
                 "perplexity": Measurement(
                     measured.perplexity, measured.perplexity_interval, measured.tokens
                 ),
-                "gradient_norm": Measurement(values["gradient_norm"]),
+                "gradient_norm": Measurement(checkpoint.metrics["gradient_norm"]),
             },
             evidence,
         )
         self._record(job, quick)
         self._record(job, standard)
 
+    def _decide_if_undecided(self, job: _Job) -> None:
+        """Decide on the checkpoint just loaded if the process was killed before it could."""
+        checkpoint = next(
+            c for c in job.manager.list_checkpoints() if c.step == job.state.step
+        )
+        decided = {row["checkpoint_sha256"] for row in job.folder.read_verdicts()}
+        if checkpoint.metrics and checkpoint.weights_sha256 not in decided:
+            self._decide(job, checkpoint, self._evaluate(job))
+
     def _save(self, job: _Job, metrics: Mapping[str, float]) -> Checkpoint:
+        # First the metrics: a run resumed from this checkpoint does not train these steps again.
+        job.tracked.flush()
         state = job.state
         checkpoint_id = job.manager.save(
             state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
             metrics, state.extra_state(), state.scaler,
         )
         job.saved_step = state.step
-        job.tracked.flush()
         return next(
             c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
         )
