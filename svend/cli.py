@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from svend import __version__
 from svend.errors import ConfigError, UserError
-from svend.pipeline.config import group_members, print_scale_comparison
+from svend.pipeline.config import group_members, load_config, print_scale_comparison
 
 OVERRIDE_HELP = """\
 any value of the configuration can be set by its dotted key, such as
@@ -22,7 +22,14 @@ examples:
   python -m svend train --scale small --training.learning_rate 1e-4
   python -m svend train --data gsm8k --data.path ../gsm8k
   python -m svend train --resume
+  python -m svend validate --scale small
 """
+GROUP_HELP = {
+    "scale": "rung of the ladder",
+    "data": "data recipe",
+    "gates": "gate set",
+    "profile": "size of the run; the scale's own where left out",
+}
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -36,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"scales takes no option {rest[0]}")
             print_scale_comparison()
             return 0
-        return _train(known, rest)
+        return _run_pipeline(known, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -55,23 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"svend {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    train = commands.add_parser(
-        "train",
-        help="train one scale as a tracked run",
-        description="Train one scale as a tracked run: plan, train, gate, save, register.",
-        epilog=OVERRIDE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    train = _config_command(
+        commands, "train", "train one scale as a tracked run",
+        "Train one scale as a tracked run: plan, train, gate, save, register.",
     )
-    for group, text in (
-        ("scale", "rung of the ladder"),
-        ("data", "data recipe"),
-        ("gates", "gate set"),
-        ("profile", "size of the run; the scale's own where left out"),
-    ):
-        # The members are checked with the rest of the configuration, which names them.
-        train.add_argument(f"--{group}", metavar="NAME",
-                           help=f"{text}: {', '.join(group_members(group))}")
+    _config_command(
+        commands, "validate", "try what breaks runs, before one begins",
+        "Check device, memory, disk, data, tokenizer, tracking store, a first step and a "
+        "checkpoint, at the real shape; a line for each, with what to do where one fails.",
+    )
     train.add_argument(
         "--resume", nargs="?", const="true", default="false", metavar="true|false",
         help="go on with the newest unfinished run of this experiment and scale",
@@ -81,15 +80,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    try:
-        # omegaconf takes a while: only where a configuration is loaded.
-        from svend.pipeline.loading import load_config
+def _config_command(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str
+) -> _Parser:
+    """Add a command that takes the configuration's groups and overrides."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=OVERRIDE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for group, text in GROUP_HELP.items():
+        # The members are checked with the rest of the configuration, which names them.
+        parser.add_argument(f"--{group}", metavar="NAME",
+                            help=f"{text}: {', '.join(group_members(group))}")
+    return parser
 
-        groups = {name: getattr(known, name) for name in ("scale", "data", "gates", "profile")
-                  if getattr(known, name)}
-        if known.resume not in ("true", "false"):
-            raise ConfigError(f"resume = {known.resume}: must be true or false")
+
+def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        resume = getattr(known, "resume", "false")
+        if resume not in ("true", "false"):
+            raise ConfigError(f"resume = {resume}: must be true or false")
         config = load_config(groups, _overrides(rest))
     except UserError as error:
         if "MLFLOW_RUN_ID" in os.environ:
@@ -100,7 +115,10 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
     print("starting: loading torch and mlflow", flush=True)
     from svend.pipeline.runner import PipelineRunner
 
-    result = PipelineRunner(config).run(resume=known.resume == "true")
+    runner = PipelineRunner(config)
+    if known.command == "validate":
+        return 0 if runner.validate_infrastructure() else EXIT_USER_ERROR
+    result = runner.run(resume=resume == "true")
     if result.success:
         return 0
     print(f"error: {result.reason}", file=sys.stderr)

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import svend.pipeline.config as config_module
+import svend.pipeline.groups as groups_module
 import svend.pipeline.loading as loading_module
 from svend.cli import main
 from svend.errors import ConfigError
@@ -117,7 +117,7 @@ def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         target = tmp_path / "conf" / source.relative_to(CONF_DIR)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    monkeypatch.setattr(config_module, "CONF_DIR", tmp_path / "conf")
+    monkeypatch.setattr(groups_module, "CONF_DIR", tmp_path / "conf")
     monkeypatch.setattr(loading_module, "CONF_DIR", tmp_path / "conf")
     return tmp_path / "conf"
 

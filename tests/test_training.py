@@ -359,14 +359,14 @@ def test_a_consumer_that_evaluates_between_steps_changes_nothing() -> None:
         for metrics in train_steps(state, training, 4):
             losses.append(metrics.loss.item())
             if evaluates:
-                measure_heldout_loss(state.model, heldout, 2, Precision.FP32, CPU)
+                measure_heldout_loss(state.model, heldout.first(2), Precision.FP32, CPU)
         runs.append(losses)
     assert runs[0] == runs[1]
 
 
 def test_the_held_out_loss_and_its_error_equal_a_direct_computation() -> None:
     model, sequences = make_model(), make_sequences(documents=40)
-    measured = measure_heldout_loss(model, sequences, 8, Precision.FP32, CPU)
+    measured = measure_heldout_loss(model, sequences.first(8), Precision.FP32, CPU)
     sums, counts = [], []
     for number in range(8):
         batch = sequences.batch(number, 1)
@@ -393,7 +393,7 @@ def test_the_held_out_loss_and_its_error_equal_a_direct_computation() -> None:
 def test_the_held_out_interval_narrows_as_sequences_are_added() -> None:
     model, sequences = make_model(), make_sequences(documents=600)
     errors = [
-        measure_heldout_loss(model, sequences, count, Precision.FP32, CPU).standard_error
+        measure_heldout_loss(model, sequences.first(count), Precision.FP32, CPU).standard_error
         for count in (4, 32, 200)
     ]
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
@@ -403,9 +403,9 @@ def test_one_held_out_sequence_has_no_finite_interval_and_all_are_used_where_the
     None
 ):
     model, sequences = make_model(), make_sequences(documents=9)
-    one = measure_heldout_loss(model, sequences, 1, Precision.FP32, CPU)
+    one = measure_heldout_loss(model, sequences.first(1), Precision.FP32, CPU)
     assert one.standard_error == math.inf
-    all_ = measure_heldout_loss(model, sequences, 10_000, Precision.FP32, CPU)
+    all_ = measure_heldout_loss(model, sequences.first(10_000), Precision.FP32, CPU)
     assert all_.sequences == len(sequences)
 
 
@@ -417,8 +417,8 @@ def test_evaluating_leaves_mode_random_state_weights_and_gradients_as_they_were(
     before = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
     sequences = make_sequences(documents=9)
-    first = measure_heldout_loss(model, sequences, 3, Precision.BF16, CPU)
-    second = measure_heldout_loss(model, sequences, 3, Precision.BF16, CPU)
+    first = measure_heldout_loss(model, sequences.first(3), Precision.BF16, CPU)
+    second = measure_heldout_loss(model, sequences.first(3), Precision.BF16, CPU)
     assert first == second
     assert model.training is training_mode
     assert all(module.training is training_mode for module in model.modules())

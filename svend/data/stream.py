@@ -85,6 +85,10 @@ class PackedSequences:
                 at += length
         return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(documents_BT))
 
+    def first(self, count: int) -> Iterator[Batch]:
+        """Yield the first `count` sequences, or all if there are fewer, one to a batch."""
+        return (self.batch(number, 1) for number in range(min(count, len(self))))
+
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != getattr(self, "_ordered_epoch", None):
             generator = np.random.default_rng([self._seed, epoch])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from svend.data.stream import PackedSequences
+from svend.data.stream import Batch
 from svend.device import autocast
 from svend.errors import DataError
 from svend.models.loss import IGNORE_LABEL, next_token_labels
@@ -42,46 +43,32 @@ class HeldoutLoss:
 
 
 def measure_heldout_loss(
-    model: nn.Module,
-    sequences: PackedSequences,
-    count: int,
-    precision: Precision,
-    device: torch.device,
+    model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
 ) -> HeldoutLoss:
-    """Measure the loss on the first `count` held-out sequences, or on all if there are fewer.
+    """Measure the loss on held-out batches.
 
-    Each sequence weighs by its tokens. The standard error is the ratio estimator's (Cochran 1977,
-    section 6.3): documents of a sequence are not independent, sequences nearly are.
+    Each batch weighs by its tokens. The standard error is the ratio estimator's (Cochran 1977,
+    section 6.3) over batches, best of one sequence each: documents of a sequence are not
+    independent, sequences nearly are. Raises DataError if no token is predicted.
     """
     was_training = model.training
     model.eval()
+    sums, tokens = [], []
     try:
-        sums, tokens = _sum_losses(model, sequences, count, precision, device)
+        with torch.no_grad():
+            for batch in batches:
+                labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
+                on_device = batch.to(device)
+                with autocast(precision, device):
+                    sums.append(model(
+                        on_device.tokens_BT, labels_BT.to(device), on_device.documents_BT
+                    ))
+                tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
     finally:
         model.train(was_training)
     if sum(tokens) == 0:
         raise DataError("the held-out part predicts no token; give longer held-out documents")
     return _ratio_estimate([float(summed) for summed in sums], tokens)
-
-
-def _sum_losses(
-    model: nn.Module,
-    sequences: PackedSequences,
-    count: int,
-    precision: Precision,
-    device: torch.device,
-) -> tuple[list[torch.Tensor], list[int]]:
-    sums, tokens = [], []
-    with torch.no_grad():
-        for number in range(min(count, len(sequences))):
-            batch = sequences.batch(number, 1)
-            labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
-            on_device = batch.to(device)
-            with autocast(precision, device):
-                summed = model(on_device.tokens_BT, labels_BT.to(device), on_device.documents_BT)
-            sums.append(summed)
-            tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
-    return sums, tokens
 
 
 def _ratio_estimate(sums: list[float], tokens: list[int]) -> HeldoutLoss:

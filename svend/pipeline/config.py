@@ -1,382 +1,43 @@
-"""The configuration: what can be set, its types, and what may be combined with what.
+"""The configuration: the options, the scales, and ready-made configs to begin with.
 
-The dataclasses here are the schema. Their defaults stand in `conf/`, once: `conf/config.yaml` for
-what is the same everywhere, `conf/scale/` for what is a property of a scale. Neither torch nor
-mlflow is imported, so that `svend scales` answers at once.
+Neither torch nor mlflow is imported, so that `svend scales` answers at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
-from typing import Any
-
-from svend.errors import ConfigError
-from svend.pipeline.schema import build, merge_trees, read_yaml, to_yaml
-
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-
-
-class ModelScale(Enum):
-    """The seven rungs of the ladder."""
-
-    TINY = "tiny"
-    SMALL = "small"
-    MEDIUM = "medium"
-    LARGE = "large"
-    XL = "xl"
-    XXL = "xxl"
-    FLAGSHIP = "flagship"
-
-
-class Schedule(Enum):
-    """How the learning rate moves over a run."""
-
-    COSINE = "cosine"
-    WSD = "wsd"
-    CONSTANT = "constant"
-
-
-class Precision(Enum):
-    """The number format of the forward and backward pass; the weights stay fp32."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-class Compile(Enum):
-    """Whether blocks are compiled; AUTO compiles runs that are long enough to gain from it."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-
-class Device(Enum):
-    """Where the model trains; AUTO is CUDA where there is a CUDA device."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class LongDocuments(Enum):
-    """What happens to a document longer than a training sequence."""
-
-    SPLIT = "split"
-    DROP = "drop"
-
-
-def group_members(group: str) -> list[str]:
-    """Return the names that `conf/<group>/` offers; scales in the ladder's order."""
-    if group == "scale":
-        return [scale.value for scale in ModelScale]
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-
-
-def read_group(group: str, member: str) -> dict[str, Any]:
-    """Return the tree of one group member, such as ("scale", "tiny")."""
-    if member not in group_members(group):
-        raise ConfigError(
-            f"unknown {group} '{member}': choose one of {', '.join(group_members(group))}"
-        )
-    return read_yaml(CONF_DIR / group / f"{member}.yaml")
-
-
-@functools.cache
-def _default_tree() -> dict[str, Any]:
-    """`conf/config.yaml` with the default data recipe and gate set."""
-    tree = read_yaml(CONF_DIR / "config.yaml")
-    groups = tree.pop("groups")
-    for group in ("data", "gates"):
-        tree = merge_trees(tree, read_group(group, groups[group]))
-    return tree
-
-
-def _default(key: str) -> Any:
-    """A dataclass field whose default is what `conf/` says at `key`."""
-
-    def look_up() -> Any:
-        value: Any = _default_tree()
-        for part in key.split("."):
-            value = value[part]
-        return list(value) if isinstance(value, list) else value
-
-    return field(default_factory=look_up)
-
-
-def _default_enum(key: str, enum: type[Enum]) -> Any:
-    factory = _default(key).default_factory
-    return field(default_factory=lambda: enum(factory()))
-
-
-def _default_dict(key: str) -> Any:
-    factory = _default(key).default_factory
-    return field(default_factory=lambda: dict(factory()))
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The architecture of a scale, and what the scale wants of data and memory."""
-
-    name: str
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    rope_theta: float
-    train_memory_gb: int
-    recommended_samples: int
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def num_block_parameters(self) -> int:
-        """Parameters of the transformer blocks, the part whose cost grows with depth."""
-        d, kv = self.hidden_size, self.num_key_value_heads * self.head_size
-        attention = 2 * d * d + 2 * d * kv
-        feed_forward = 3 * d * self.intermediate_size
-        norms = 2 * d
-        return self.num_hidden_layers * (attention + feed_forward + norms)
-
-    def num_parameters(self) -> int:
-        """Parameters of the whole model: embedding, blocks, final norm, untied head."""
-        embedding_and_head = 2 * self.vocab_size * self.hidden_size
-        return embedding_and_head + self.num_block_parameters() + self.hidden_size
-
-    def check(self) -> None:
-        """Raise ConfigError for a shape that no transformer has."""
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-                     "num_key_value_heads", "intermediate_size", "max_position_embeddings"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.hidden_size % self.num_attention_heads == 0 and self.head_size % 2 == 0,
-            "model.hidden_size",
-            self.hidden_size,
-            f"an even multiple of model.num_attention_heads ({self.num_attention_heads})",
-        )
-        _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "model.num_key_value_heads",
-            self.num_key_value_heads,
-            f"a divisor of model.num_attention_heads ({self.num_attention_heads})",
-        )
-        theta = self.rope_theta
-        _require(math.isfinite(theta) and theta > 0, "model.rope_theta", theta, "above 0")
-        _require(self.recommended_samples >= 1, "model.recommended_samples",
-                 self.recommended_samples, "at least 1")
-        _require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536")
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Which documents a run sees, in which proportions, and how long its sequences are."""
-
-    recipe: str = "custom"
-    purpose: str = "own sources"
-    sources: list[str] = _default("training.data.sources")
-    mix_ratios: dict[str, float] = _default_dict("training.data.mix_ratios")
-    max_seq_length: int | None = _default("training.data.max_seq_length")
-    num_samples: int | None = _default("training.data.num_samples")
-    path: str | None = _default("training.data.path")
-    heldout_path: str | None = _default("training.data.heldout_path")
-    heldout_fraction: float = _default("training.data.heldout_fraction")
-    tokenizer: str = _default("training.data.tokenizer")
-    long_documents: LongDocuments = _default_enum("training.data.long_documents", LongDocuments)
-    cache_dir: str = _default("training.data.cache_dir")
-
-    def check(self) -> None:
-        """Raise ConfigError for a mix that cannot be made."""
-        where = "training.data"
-        _require(bool(self.sources), f"{where}.sources", self.sources, "at least one source")
-        ratios = self.mix_ratios
-        _require(
-            bool(ratios)
-            and all(math.isfinite(r) and r >= 0 for r in ratios.values())
-            and math.isclose(sum(ratios.values()), 1.0, abs_tol=1e-6),
-            f"{where}.mix_ratios",
-            ratios,
-            "ratios of at least 0 that sum to 1",
-        )
-        length = self.max_seq_length
-        _require(length is None or length >= 8, f"{where}.max_seq_length", length, "at least 8")
-        samples = self.num_samples
-        _require(samples is None or samples >= 1, f"{where}.num_samples", samples, "at least 1")
-        fraction = self.heldout_fraction
-        _require(0 < fraction < 1, f"{where}.heldout_fraction", fraction, "between 0 and 1")
-
-
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """Hyperparameters and settings of one run."""
-
-    experiment_name: str = _default("training.experiment_name")
-    model_scale: ModelScale = _default_enum("training.model_scale", ModelScale)
-    seed: int = _default("training.seed")
-    num_epochs: int = _default("training.num_epochs")
-    max_steps: int | None = _default("training.max_steps")
-    batch_size: int = _default("training.batch_size")
-    gradient_accumulation_steps: int = _default("training.gradient_accumulation_steps")
-    learning_rate: float = _default("training.learning_rate")
-    schedule: Schedule = _default_enum("training.schedule", Schedule)
-    warmup_ratio: float = _default("training.warmup_ratio")
-    decay_ratio: float = _default("training.decay_ratio")
-    min_learning_rate_ratio: float = _default("training.min_learning_rate_ratio")
-    weight_decay: float = _default("training.weight_decay")
-    adam_beta1: float = _default("training.adam_beta1")
-    adam_beta2: float = _default("training.adam_beta2")
-    adam_epsilon: float = _default("training.adam_epsilon")
-    max_grad_norm: float = _default("training.max_grad_norm")
-    precision: Precision = _default_enum("training.precision", Precision)
-    compile: Compile = _default_enum("training.compile", Compile)
-    gradient_checkpointing: bool = _default("training.gradient_checkpointing")
-    device: Device = _default_enum("training.device", Device)
-    save_steps: int = _default("training.save_steps")
-    save_total_limit: int = _default("training.save_total_limit")
-    quick_gate_steps: int = _default("training.quick_gate_steps")
-    logging_steps: int = _default("training.logging_steps")
-    heldout_sequences: int = _default("training.heldout_sequences")
-    validation_gates: dict[str, float] = _default_dict("training.validation_gates")
-    data: DataConfig = field(default_factory=lambda: _default_data())
-
-    def apply_scale_defaults(self) -> None:
-        """Set what `conf/scale/` says of training at this scale: batch size, learning rate, ..."""
-        for name, value in read_group("scale", self.model_scale.value)["training"].items():
-            if name != "model_scale":
-                setattr(self, name, value)
-
-    def save(self, path: str | Path) -> None:
-        """Write the configuration as YAML; the folder is made if need be."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(to_yaml(self), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> TrainingConfig:
-        """Read a configuration that `save` wrote. Raises ConfigError for what does not fit."""
-        return build(cls, read_yaml(Path(path)), prefix="training.")
-
-    def check(self) -> None:
-        """Raise ConfigError for a value that no run can have."""
-        positive = ("num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
-                    "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_sequences")
-        for name in positive:
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
-        steps = self.max_steps
-        _require(steps is None or steps >= 1, "training.max_steps", steps, "null, or at least 1")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
-        decay = self.weight_decay
-        _require(math.isfinite(decay) and decay >= 0, "training.weight_decay", decay, "at least 0")
-        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
-        _require(
-            self.schedule is not Schedule.WSD or self.warmup_ratio + self.decay_ratio <= 1,
-            "training.decay_ratio",
-            self.decay_ratio,
-            "at most 1 together with training.warmup_ratio",
-        )
-        for name, threshold in self.validation_gates.items():
-            key = f"training.validation_gates.{name}"
-            _require(not math.isnan(threshold), key, threshold, "a number")
-        for name in ("warmup_ratio", "decay_ratio", "min_learning_rate_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"training.{name}", value, "between 0 and 1")
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"training.{name}", value, "at least 0 and below 1")
-        _require(
-            bool(self.experiment_name.strip()), "training.experiment_name", "''", "a name"
-        )
-        self.data.check()
-
-
-@dataclass(kw_only=True)
-class ValidationGate:
-    """One condition: it passes when `metric_name comparison threshold` holds."""
-
-    name: str
-    metric_name: str
-    threshold: float
-    comparison: str = "<"
-    required: bool = True
-    description: str = ""
-
-    def __post_init__(self) -> None:
-        if self.comparison not in ("<", "<=", ">", ">=", "=="):
-            raise ConfigError(
-                f"gate '{self.name}': comparison '{self.comparison}' is not one of <, <=, >, >=, =="
-            )
-        if isinstance(self.threshold, float) and math.isnan(self.threshold):
-            raise ConfigError(f"gate '{self.name}': threshold = nan: must be a number")
-
-
-def _default_gates(level: str) -> Any:
-    return field(
-        default_factory=lambda: [ValidationGate(**gate) for gate in _default_tree()["gates"][level]]
-    )
-
-
-@dataclass(kw_only=True)
-class GatesConfig:
-    """The gates of the four levels."""
-
-    quick: list[ValidationGate] = _default_gates("quick")
-    standard: list[ValidationGate] = _default_gates("standard")
-    full: list[ValidationGate] = _default_gates("full")
-    production: list[ValidationGate] = _default_gates("production")
-
-
-@dataclass(kw_only=True)
-class PipelineConfig:
-    """Everything that decides a run. The resolved form is saved with it."""
-
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    model: ModelConfig | None = None
-    gates: GatesConfig = field(default_factory=GatesConfig)
-    profile: str = _default("profile")
-    strict_validation: bool = _default("strict_validation")
-    eval_benchmarks: list[str] = _default("eval_benchmarks")
-    checkpoint_dir: str = _default("checkpoint_dir")
-
-    def resolve(self) -> PipelineConfig:
-        """Return a copy in which nothing is left to be looked up, checked as a whole."""
-        model = self.model or get_model_config(self.training.model_scale)
-        data = self.training.data
-        data = dataclasses.replace(
-            data,
-            max_seq_length=(
-                model.max_position_embeddings if data.max_seq_length is None
-                else data.max_seq_length
-            ),
-            num_samples=(
-                model.recommended_samples if data.num_samples is None else data.num_samples
-            ),
-        )
-        training = dataclasses.replace(self.training, data=data)
-        resolved = dataclasses.replace(self, model=model, training=training)
-        model.check()
-        training.check()
-        _require(
-            (data.max_seq_length or 0) <= model.max_position_embeddings,
-            "training.data.max_seq_length",
-            data.max_seq_length,
-            f"at most the context of {model.name}, {model.max_position_embeddings}",
-        )
-        return resolved
-
-
-def get_model_config(scale: ModelScale) -> ModelConfig:
-    """Return the architecture of a scale, from `conf/scale/`."""
-    return ModelConfig(**read_group("scale", scale.value)["model"])
+from svend.pipeline.groups import CONF_DIR, ModelScale, group_members
+from svend.pipeline.loading import load_config
+from svend.pipeline.options import (
+    Compile,
+    DataConfig,
+    Device,
+    GatesConfig,
+    LongDocuments,
+    ModelConfig,
+    PipelineConfig,
+    Precision,
+    Schedule,
+    TrainingConfig,
+    ValidationGate,
+    get_model_config,
+)
+
+__all__ = [
+    "CONF_DIR", "Compile", "DataConfig", "Device", "GatesConfig", "LongDocuments", "ModelConfig",
+    "ModelScale", "PipelineConfig", "Precision", "Schedule", "TrainingConfig", "ValidationGate",
+    "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
+    "group_members", "load_config", "print_scale_comparison", "scale_table",
+]
+
+
+def create_quick_test_config() -> PipelineConfig:
+    """Return a run of a very small model that goes through the whole pipeline in seconds."""
+    return load_config({"profile": "quick_test"})
+
+
+def create_scale_test_config(scale: ModelScale) -> PipelineConfig:
+    """Return a short run of the real model of a scale."""
+    return load_config({"scale": scale.value, "profile": "scale_test"})
 
 
 def scale_table() -> list[dict[str, str]]:
@@ -418,13 +79,3 @@ def format_count(count: float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.1f}B"
     return f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
-
-
-def _default_data() -> DataConfig:
-    data = _default_tree()["training"]["data"]
-    return DataConfig(recipe=data["recipe"], purpose=data["purpose"])
-
-
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} = {value}: must be {allowed}")

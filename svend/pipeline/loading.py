@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from svend.errors import ConfigError
-from svend.pipeline.config import CONF_DIR, PipelineConfig, read_group
+from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
+from svend.pipeline.options import PipelineConfig
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml
-
-GROUPS = ("scale", "data", "gates", "profile")
 
 
 def load_config(

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from svend.data.corpus import Corpus
 from svend.pipeline.config import PipelineConfig, format_count
+from svend.pipeline.infrastructure import CheckResult
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion
 
@@ -66,6 +67,17 @@ def show_plan(
     )
     table.add_row("time", f"about {format_seconds(plan.seconds)}")
     console.print(table)
+
+
+def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
+    """Print each check as it is decided; return whether all passed."""
+    passed = True
+    for result in results:
+        mark = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
+        console.print(f"{mark}  {result.name:<20}  ", end="")
+        console.print(result.detail, markup=False)
+        passed = passed and result.passed
+    return passed
 
 
 class TrainingProgress:

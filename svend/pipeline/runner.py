@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from svend.data.corpus import Corpus, build_corpus
-from svend.data.stream import BatchStream, PackedSequences
 from svend.device import (
-    check_precision,
     describe_device,
     keep_freed_memory,
     peak_bytes,
-    resolve_device,
 )
-from svend.errors import GateFailure, Interrupted, UserError
+from svend.errors import ConfigError, GateFailure, Interrupted, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
-from svend.models.config import TransformerConfig
-from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.checkpoints import Checkpoint, CheckpointManager
+from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
-from svend.pipeline.record import record_inputs, record_verdicts, register_version
+from svend.pipeline.job import Job, ModelFactory, build_model, prepare_job
+from svend.pipeline.record import record_verdicts, register_version
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
+    show_checks,
     show_measured,
     show_next_steps,
     show_plan,
     verdict_table,
 )
-from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.validation import (
     Evidence,
     GateLevel,
     Measurement,
     PipelineValidator,
     ValidationResult,
+    heldout_measurements,
 )
-from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import (
     TrackedRun,
@@ -52,9 +46,6 @@ from svend.tracking.run import (
     joined_experiment_name,
 )
 from svend.training.loop import StepMetrics, train_steps
-from svend.training.state import TrainState, build_state
-
-ModelFactory = Callable[[ModelScale], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -70,25 +61,6 @@ class PipelineResult:
     run_id: str | None = None
     checkpoint_dir: Path | None = None
     registered: RegisteredVersion | None = None
-
-
-@dataclass
-class _Job:
-    """What one run works with, from its plan to its end."""
-
-    config: PipelineConfig
-    device: torch.device
-    corpus: Corpus
-    heldout: PackedSequences
-    plan: RunPlan
-    state: TrainState
-    tracked: TrackedRun
-    folder: RunFolder
-    manager: CheckpointManager
-    started_seconds: float
-    logged_step: int = 0
-    saved_step: int = 0
-    final_loss: float = math.nan
 
 
 class PipelineRunner:
@@ -107,14 +79,48 @@ class PipelineRunner:
         )
         self._console = make_console()
 
+    def run_progressive(
+        self,
+        start_scale: ModelScale = ModelScale.TINY,
+        end_scale: ModelScale = ModelScale.FLAGSHIP,
+        validation_between_scales: bool = True,
+    ) -> list[PipelineResult]:
+        """Train scale after scale and stop at the first that fails; return how each ended.
+
+        With `validation_between_scales` a rung must also pass FULL, and end with a held-out loss
+        below the one it began with, before the next begins. Raises ConfigError if the scales are
+        in the wrong order or the config fixes one model for all.
+        """
+        ladder = list(ModelScale)
+        rungs = ladder[ladder.index(start_scale) : ladder.index(end_scale) + 1]
+        if not rungs:
+            raise ConfigError(
+                f"start_scale {start_scale.value} is above end_scale {end_scale.value}"
+            )
+        if self.config.model is not None:
+            raise ConfigError("model is set: a ladder takes each scale's own; leave it None")
+        results: list[PipelineResult] = []
+        for scale in rungs:
+            training = self.config.training.at_scale(scale)
+            rung = PipelineRunner(replace(self.config, training=training), self.model_factory)
+            # One validator: its history is that of the whole ladder.
+            rung.validator = self.validator
+            results.append(rung._run(resume=False, gate_full=validation_between_scales))
+            if not results[-1].success:
+                break
+        return results
+
     def run(self, resume: bool = False) -> PipelineResult:
         """Train, gate, checkpoint and register; with `resume`, go on where the last run stopped.
 
         A user's mistake, a failed gate and an interruption end the run and are returned as its
         reason; anything else is a bug, ends the run as FAILED, and is raised.
         """
+        return self._run(resume, gate_full=False)
+
+    def _run(self, resume: bool, gate_full: bool) -> PipelineResult:
         started_seconds = time.monotonic()
-        self._job: _Job | None = None
+        self._job: Job | None = None
         tracked: TrackedRun | None = None
         status, reason = "FINISHED", None
         registered = None
@@ -124,11 +130,15 @@ class PipelineRunner:
                 folder = _folder_to_resume(config) if resume else None
                 tracked = self._track(config, folder)
                 with self._console.status("preparing"):
-                    job = self._job = self._prepare(config, tracked, folder)
+                    job = self._job = prepare_job(
+                        config, tracked, folder, self.model_factory, self._console
+                    )
                 show_plan(self._console, job.config, job.plan, job.corpus,
                           describe_device(job.device))
                 self._train(job, signals)
                 registered = self._finish(job)
+                if gate_full:
+                    self._gate_full(job)
             except UserError as error:
                 status, reason = "FAILED", str(error)
             except Interrupted as interruption:
@@ -155,6 +165,19 @@ class PipelineRunner:
             registered=registered,
         )
 
+    def validate_infrastructure(self) -> bool:
+        """Try what really breaks runs, print a line for each, and return whether all passed."""
+        try:
+            config = self.config.resolve()
+        except UserError as error:
+            self._console.print(f"FAIL  configuration  {error}", markup=False)
+            return False
+        keep_freed_memory()
+        checks = InfrastructureChecks(config, lambda device: build_model(
+            config, self.model_factory, device
+        ))
+        return show_checks(self._console, checks.run())
+
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
         if folder is not None:
             return TrackedRun.resume(folder.identity.run_id)
@@ -162,70 +185,7 @@ class PipelineRunner:
         name = f"{training.model_scale.value}-{training.data.recipe}"
         return TrackedRun.begin(training.experiment_name, name)
 
-    def _prepare(
-        self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None
-    ) -> _Job:
-        """Check everything that can be checked before step 1, and build what the run needs."""
-        training, model_config = config.training, config.model
-        assert model_config is not None  # set by PipelineConfig.resolve
-        keep_freed_memory()
-        device = resolve_device(training.device)
-        check_precision(training.precision, device)
-        memory = check_memory(model_config, training, device)
-        corpus = build_corpus(
-            training.data, model_config.vocab_size, training.seed,
-            lambda text: self._console.print(f"data: {text}"),
-        )
-        if folder is not None:
-            folder.check_resumable(config, corpus.fingerprint)
-        sequences = PackedSequences(corpus.train, training.data, training.seed)
-        heldout = PackedSequences(corpus.heldout, training.data, training.seed)
-        sequences_per_step = training.batch_size * training.gradient_accumulation_steps
-        one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
-        total_steps = training.max_steps or one_run
-        plan = plan_run(config, total_steps, memory, device)
-        record_inputs(tracked, config, corpus, plan, describe_device(device))
-        model = self._build_model(config, device)
-        if plan.compile and isinstance(model, ReasoningTransformer):
-            model.compile_blocks()
-        stream = BatchStream(sequences, training.batch_size)
-        state = build_state(model, stream, training, total_steps, device)
-        if folder is None:
-            folder = RunFolder.create(config, RunIdentity(
-                tracked.run_id, tracked.tracking_uri, training.experiment_name,
-                training.model_scale.value, corpus.fingerprint,
-            ))
-        manager = CheckpointManager(folder.path, training.save_total_limit)
-        job = _Job(
-            config, device, corpus, heldout, plan, state, tracked, folder, manager,
-            started_seconds=time.monotonic(),
-        )
-        if manager.list_checkpoints():
-            _, _, extra = manager.load_latest(
-                state.model, state.optimizer, state.scheduler, state.scaler
-            )
-            state.load_extra_state(extra)
-            job.saved_step = state.step
-            # Steps between the checkpoint and a kill are trained again, to the same values.
-            job.logged_step = tracked.last_step("train/loss")
-            self._console.print(f"resuming run {tracked.run_id} from step {state.step}")
-        return job
-
-    def _build_model(self, config: PipelineConfig, device: torch.device) -> nn.Module:
-        assert config.model is not None  # set by PipelineConfig.resolve
-        torch.manual_seed(config.training.seed)
-        if self.model_factory is not None:
-            model = self.model_factory(config.training.model_scale)
-        else:
-            with torch.device("meta"):
-                model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
-            model.to_empty(device=device)
-            model.initialize(config.training.seed)
-        if isinstance(model, ReasoningTransformer):
-            model.gradient_checkpointing = config.training.gradient_checkpointing
-        return model
-
-    def _train(self, job: _Job, signals: StopSignals) -> None:
+    def _train(self, job: Job, signals: StopSignals) -> None:
         """Iterate the loop; decide after each step whether to log, gate, save or stop."""
         training, total_steps = job.config.training, job.plan.total_steps
         if job.state.step == 0:
@@ -253,7 +213,7 @@ class PipelineRunner:
                 if signals.requested and not last:
                     self._stop(job, signals)
 
-    def _log(self, job: _Job, pending: list[StepMetrics]) -> tuple[float, float]:
+    def _log(self, job: Job, pending: list[StepMetrics]) -> tuple[float, float]:
         """Read the pending steps from the device and log them; return last loss and tokens/s."""
         losses = [float(metrics.loss) for metrics in pending]
         norms = [float(metrics.gradient_norm) for metrics in pending]
@@ -280,33 +240,36 @@ class PipelineRunner:
             )
         return losses[-1], tokens_per_second
 
-    def _gate_quick(self, job: _Job, loss: float) -> None:
+    def _gate_quick(self, job: Job, loss: float) -> None:
         evidence = Evidence(
             job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
         )
         verdict = self.validator.validate_quick(job.state.model, loss, job.state.step, evidence)
         self._record(job, verdict)
 
-    def _evaluate(self, job: _Job) -> HeldoutLoss:
+    def _evaluate(self, job: Job) -> HeldoutLoss:
         training = job.config.training
         measured = measure_heldout_loss(
-            job.state.model, job.heldout, training.heldout_sequences, training.precision, job.device
+            job.state.model, job.heldout.first(training.heldout_sequences), training.precision,
+            job.device,
         )
         job.final_loss = measured.loss
+        if math.isnan(job.first_loss):
+            job.first_loss = measured.loss
         job.tracked.log_metrics(
             {"eval/heldout_loss": measured.loss, "eval/perplexity": measured.perplexity},
             job.state.step,
         )
         return measured
 
-    def _evaluate_and_save(self, job: _Job, metrics: StepMetrics) -> None:
+    def _evaluate_and_save(self, job: Job, metrics: StepMetrics) -> None:
         """Measure the weights, save them, and decide on what was saved."""
         measured = self._evaluate(job)
         values = {"loss": measured.loss, "perplexity": measured.perplexity,
                   "gradient_norm": float(metrics.gradient_norm)}
         self._decide(job, self._save(job, values), measured)
 
-    def _decide(self, job: _Job, checkpoint: Checkpoint, measured: HeldoutLoss) -> None:
+    def _decide(self, job: Job, checkpoint: Checkpoint, measured: HeldoutLoss) -> None:
         """Decide QUICK and STANDARD on a checkpoint, whose weights are the model's."""
         evidence = Evidence(
             job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
@@ -317,10 +280,7 @@ class PipelineRunner:
         standard = self.validator.decide(
             GateLevel.STANDARD,
             {
-                "loss": Measurement(measured.loss, measured.interval, measured.tokens),
-                "perplexity": Measurement(
-                    measured.perplexity, measured.perplexity_interval, measured.tokens
-                ),
+                **heldout_measurements(measured),
                 "gradient_norm": Measurement(checkpoint.metrics["gradient_norm"]),
             },
             evidence,
@@ -328,7 +288,7 @@ class PipelineRunner:
         self._record(job, quick)
         self._record(job, standard)
 
-    def _decide_if_undecided(self, job: _Job) -> None:
+    def _decide_if_undecided(self, job: Job) -> None:
         """Decide on the checkpoint just loaded if the process was killed before it could."""
         checkpoint = next(
             c for c in job.manager.list_checkpoints() if c.step == job.state.step
@@ -337,7 +297,7 @@ class PipelineRunner:
         if checkpoint.metrics and checkpoint.weights_sha256 not in decided:
             self._decide(job, checkpoint, self._evaluate(job))
 
-    def _save(self, job: _Job, metrics: Mapping[str, float]) -> Checkpoint:
+    def _save(self, job: Job, metrics: Mapping[str, float]) -> Checkpoint:
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
         job.tracked.flush()
         state = job.state
@@ -350,7 +310,7 @@ class PipelineRunner:
             c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
         )
 
-    def _record(self, job: _Job, verdict: ValidationResult) -> None:
+    def _record(self, job: Job, verdict: ValidationResult) -> None:
         """Keep a verdict in the run folder and in MLflow; under strict, stop if it failed."""
         job.folder.append_verdict(verdict.rows())
         job.tracked.log_metrics(
@@ -369,7 +329,7 @@ class PipelineRunner:
                 raise GateFailure(line)
             self._console.print(f"warning: {line}")
 
-    def _stop(self, job: _Job, signals: StopSignals) -> None:
+    def _stop(self, job: Job, signals: StopSignals) -> None:
         """Save, and end the run in a way that can be resumed."""
         assert signals.requested is not None
         if job.saved_step < job.state.step:
@@ -380,7 +340,26 @@ class PipelineRunner:
             f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
         )
 
-    def _finish(self, job: _Job) -> RegisteredVersion | None:
+    def _gate_full(self, job: Job) -> None:
+        """Decide whether the next scale may begin; raise GateFailure if not, under strict."""
+        if not job.final_loss < job.first_loss:
+            line = (
+                f"no decreasing loss trend: held-out loss {job.first_loss:.4f} at the start, "
+                f"{job.final_loss:.4f} at the end"
+            )
+            if self.validator.strict:
+                raise GateFailure(line)
+            self._console.print(f"warning: {line}")
+        training = job.config.training
+        verdict = self.validator.validate_full(
+            job.state.model, job.heldout.first(training.heldout_sequences), step=job.state.step
+        )
+        checkpoint = job.manager.list_checkpoints()[-1]
+        self._record(job, replace(verdict, evidence=Evidence(
+            job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
+        )))
+
+    def _finish(self, job: Job) -> RegisteredVersion | None:
         """Register the best checkpoint with the levels that it passed, and report."""
         record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from svend.data.stream import Batch
 from svend.errors import ConfigError
-from svend.pipeline.config import GatesConfig, ValidationGate
+from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.pipeline.config import GatesConfig, Precision, ValidationGate
 
 __all__ = ["Evidence", "GateLevel", "GateResult", "Measurement", "PipelineValidator",
            "ValidationGate", "ValidationResult"]
@@ -39,6 +41,9 @@ class Measurement:
     value: float
     interval: tuple[float, float] | None = None
     sample_size: int | None = None
+
+
+Metrics = Mapping[str, float | Measurement]
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,60 @@ class PipelineValidator:
         }
         return self.decide(GateLevel.QUICK, measurements, evidence or Evidence(step=step))
 
+    def validate_standard(
+        self,
+        model: nn.Module,
+        eval_dataloader: Iterable[Batch] | None = None,
+        metrics: Metrics | None = None,
+        step: int | None = None,
+    ) -> ValidationResult:
+        """Decide STANDARD: loss and perplexity on held-out batches, gradient norm from `metrics`.
+
+        `metrics` are values measured elsewhere, by metric name; they win over the batches'.
+        """
+        return self._measure_and_decide(GateLevel.STANDARD, model, eval_dataloader, metrics, step)
+
+    def validate_full(
+        self,
+        model: nn.Module,
+        eval_dataloader: Iterable[Batch] | None = None,
+        metrics: Metrics | None = None,
+        step: int | None = None,
+    ) -> ValidationResult:
+        """Decide FULL, with the custom gates, as `validate_standard` does STANDARD."""
+        return self._measure_and_decide(GateLevel.FULL, model, eval_dataloader, metrics, step)
+
+    def validate_production(
+        self,
+        model: nn.Module,
+        eval_dataloader: Iterable[Batch] | None = None,
+        metrics: Metrics | None = None,
+        step: int | None = None,
+    ) -> ValidationResult:
+        """Decide PRODUCTION, as `validate_standard` does STANDARD."""
+        return self._measure_and_decide(
+            GateLevel.PRODUCTION, model, eval_dataloader, metrics, step
+        )
+
+    def _measure_and_decide(
+        self,
+        level: GateLevel,
+        model: nn.Module,
+        eval_dataloader: Iterable[Batch] | None,
+        metrics: Metrics | None,
+        step: int | None,
+    ) -> ValidationResult:
+        measurements: dict[str, Measurement] = {
+            "nonfinite_parameters": Measurement(count_nonfinite_parameters(model))
+        }
+        if eval_dataloader is not None:
+            device = next(model.parameters()).device
+            measured = measure_heldout_loss(model, eval_dataloader, Precision.FP32, device)
+            measurements |= heldout_measurements(measured)
+        for name, value in (metrics or {}).items():
+            measurements[name] = value if isinstance(value, Measurement) else Measurement(value)
+        return self.decide(level, measurements, Evidence(step=step))
+
     def print_summary(self) -> None:
         """Print every verdict so far."""
         for verdict in self.history:
@@ -210,6 +269,16 @@ class PipelineValidator:
                 f"training.validation_gates.{name}: no such gate below production; known: "
                 f"{', '.join(known)}, or min_ or max_ with a metric's name"
             )
+
+
+def heldout_measurements(measured: HeldoutLoss) -> dict[str, Measurement]:
+    """Return held-out loss and perplexity as the gates name them."""
+    return {
+        "loss": Measurement(measured.loss, measured.interval, measured.tokens),
+        "perplexity": Measurement(
+            measured.perplexity, measured.perplexity_interval, measured.tokens
+        ),
+    }
 
 
 def count_nonfinite_parameters(model: nn.Module) -> int:

@@ -23,7 +23,7 @@ from svend.errors import TrackingError
 from svend.tracking.keep_status import keep_status
 
 RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
-DEFAULT_EXPERIMENT = "Default"
+DEFAULT_EXPERIMENT, DEFAULT_EXPERIMENT_ID = "Default", "0"
 REASON_TAG = "svend.reason"
 EXPERIMENT_KIND_TAG = "mlflow.experimentKind"  # read by the UI alone
 MAX_TAG_LENGTH = 5000
@@ -173,6 +173,30 @@ def joined_experiment_name() -> str | None:
     experiment_id = client.get_run(os.environ[RUN_ID]).info.experiment_id
     name = str(client.get_experiment(experiment_id).name)
     return None if name == DEFAULT_EXPERIMENT else name
+
+
+def check_tracking_store() -> str:
+    """Write a run to the tracking store, read it back and delete it; return the store's address.
+
+    Raises TrackingError if the store cannot be reached or does not give back what was written.
+    """
+    _configure()
+    uri = str(mlflow.get_tracking_uri())
+    try:
+        client = MlflowClient()
+        run = client.create_run(DEFAULT_EXPERIMENT_ID, run_name="infrastructure check")
+        run_id = run.info.run_id
+        client.log_metric(run_id, "check", 1.0)
+        written = client.get_run(run_id).data.metrics
+        client.set_terminated(run_id)
+        client.delete_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking store {uri}: {str(error).splitlines()[0][:300]}; check MLFLOW_TRACKING_URI"
+        ) from error
+    if written != {"check": 1.0}:
+        raise TrackingError(f"tracking store {uri}: gave back {written} for a metric of 1")
+    return uri
 
 
 def fail_joined_run(reason: str) -> None:

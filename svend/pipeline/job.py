@@ -1,0 +1,119 @@
+"""Everything before step 1: what can be checked is checked, and what a run needs is built."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from svend.data.corpus import Corpus, build_corpus
+from svend.data.stream import BatchStream, PackedSequences
+from svend.device import check_precision, describe_device, keep_freed_memory, resolve_device
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.record import record_inputs
+from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.planning.plan import RunPlan, check_memory, plan_run
+from svend.tracking.run import TrackedRun
+from svend.training.state import TrainState, build_state
+
+ModelFactory = Callable[[ModelScale], nn.Module]
+
+
+@dataclass
+class Job:
+    """What one run works with, from its plan to its end."""
+
+    config: PipelineConfig
+    device: torch.device
+    corpus: Corpus
+    heldout: PackedSequences
+    plan: RunPlan
+    state: TrainState
+    tracked: TrackedRun
+    folder: RunFolder
+    manager: CheckpointManager
+    started_seconds: float
+    logged_step: int = 0
+    saved_step: int = 0
+    first_loss: float = math.nan
+    final_loss: float = math.nan
+
+
+def prepare_job(
+    config: PipelineConfig,
+    tracked: TrackedRun,
+    folder: RunFolder | None,
+    model_factory: ModelFactory | None,
+    console: Console,
+) -> Job:
+    """Check everything that can be checked before step 1, and build what the run needs."""
+    training, model_config = config.training, config.model
+    assert model_config is not None  # set by PipelineConfig.resolve
+    keep_freed_memory()
+    device = resolve_device(training.device)
+    check_precision(training.precision, device)
+    memory = check_memory(model_config, training, device)
+    corpus = build_corpus(
+        training.data, model_config.vocab_size, training.seed,
+        lambda text: console.print(f"data: {text}"),
+    )
+    if folder is not None:
+        folder.check_resumable(config, corpus.fingerprint)
+    sequences = PackedSequences(corpus.train, training.data, training.seed)
+    heldout = PackedSequences(corpus.heldout, training.data, training.seed)
+    sequences_per_step = training.batch_size * training.gradient_accumulation_steps
+    one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
+    total_steps = training.max_steps or one_run
+    plan = plan_run(config, total_steps, memory, device)
+    record_inputs(tracked, config, corpus, plan, describe_device(device))
+    model = build_model(config, model_factory, device)
+    if plan.compile and isinstance(model, ReasoningTransformer):
+        model.compile_blocks()
+    stream = BatchStream(sequences, training.batch_size)
+    state = build_state(model, stream, training, total_steps, device)
+    if folder is None:
+        folder = RunFolder.create(config, RunIdentity(
+            tracked.run_id, tracked.tracking_uri, training.experiment_name,
+            training.model_scale.value, corpus.fingerprint,
+        ))
+    manager = CheckpointManager(folder.path, training.save_total_limit)
+    job = Job(
+        config, device, corpus, heldout, plan, state, tracked, folder, manager,
+        started_seconds=time.monotonic(),
+    )
+    if manager.list_checkpoints():
+        _, _, extra = manager.load_latest(
+            state.model, state.optimizer, state.scheduler, state.scaler
+        )
+        state.load_extra_state(extra)
+        job.saved_step = state.step
+        # Steps between the checkpoint and a kill are trained again, to the same values.
+        job.logged_step = tracked.last_step("train/loss")
+        console.print(f"resuming run {tracked.run_id} from step {state.step}")
+    return job
+
+
+def build_model(
+    config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device
+) -> nn.Module:
+    """Return the model of the config's scale, its weights drawn from the config's seed."""
+    assert config.model is not None  # set by PipelineConfig.resolve
+    torch.manual_seed(config.training.seed)
+    if model_factory is not None:
+        model = model_factory(config.training.model_scale)
+    else:
+        with torch.device("meta"):
+            model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
+        model.to_empty(device=device)
+        model.initialize(config.training.seed)
+    if isinstance(model, ReasoningTransformer):
+        model.gradient_checkpointing = config.training.gradient_checkpointing
+    return model
