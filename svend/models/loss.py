@@ -9,8 +9,8 @@ from torch import Tensor
 
 # torch's own convention for a position that counts nothing.
 IGNORE_LABEL = -100
-# Rows of logits held at once: 1024 x 32768 in fp32 are 134 MB.
-CHUNK_ROWS = 1024
+# Rows of logits held at once: 512 x 32768 in fp32 are 67 MB. 1024 rows are no faster, 256 slower.
+CHUNK_ROWS = 512
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
