@@ -128,7 +128,7 @@ def test_memory_grows_linearly_with_the_batch(
             batch_size=size, precision=precision, gradient_checkpointing=checkpointing,
             data=DataConfig(max_seq_length=length, num_samples=10),
         )
-        return predict_memory(model, training, 123).total
+        return predict_memory(model, training, 123).tensors
 
     per_sequence = total(2) - total(1)
     assert per_sequence > 0

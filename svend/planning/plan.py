@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -50,11 +50,11 @@ def check_memory(
     memory = predict_memory(model, training, held)
     available = available_bytes(device)
     if memory.total > available:
-        fixed = memory.total - memory.activations
+        leanest = replace(training, batch_size=1, gradient_checkpointing=True)
         remedy = (
-            "choose a smaller scale or a machine with more memory"
-            if fixed > available or training.batch_size == 1
-            else "lower training.batch_size, or set training.gradient_checkpointing=true"
+            "lower training.batch_size, or set training.gradient_checkpointing=true"
+            if predict_memory(model, leanest, held).total <= available
+            else "choose a smaller scale or a machine with more memory"
         )
         raise ResourceError(
             f"{model.name} needs about {memory.total / 1e9:.1f} GB to train "
