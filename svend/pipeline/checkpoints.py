@@ -1,33 +1,41 @@
-"""Checkpoints that are whole or absent.
-
-A checkpoint is written into a hidden folder beside its place, flushed, hashed, and moved into
-place by one rename, so that a process killed at any instant leaves the old state or the new.
-"""
+"""Checkpoints that are whole or absent, on a disk or behind an unreliable mount."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-import torch
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError
+from svend.pipeline.checkpoint_files import (
+    EXTRA_STATE,
+    METADATA,
+    MODEL,
+    Checkpoint,
+    finish_replacements,
+    flush_folder,
+    has_dead_writer,
+    move_into_place,
+    read_folder,
+    read_state,
+    reason_of,
+    remove_checkpoints,
+    remove_leftovers,
+    verify,
+    write_bytes,
+    write_state,
+    writing_place,
+)
 
-METADATA = "metadata.json"
-MODEL = "model.pt"
-EXTRA_STATE = "extra_state.pt"  # in every checkpoint
+__all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
+           "Stateful", "verify"]
 
 
 class Stateful(Protocol):
@@ -36,29 +44,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is known of a checkpoint without loading it."""
-
-    checkpoint_id: str
-    path: Path
-    step: int
-    epoch: int
-    metrics: dict[str, float]
-    created: str
-    files: dict[str, dict[str, Any]]
-
-    @property
-    def weights_sha256(self) -> str:
-        """The hash of the weights' file: what a verdict and a registered version refer to."""
-        digest: str = self.files[MODEL]["sha256"]
-        return digest
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(entry["bytes"]) for entry in self.files.values())
 
 
 class CheckpointManager:
@@ -82,7 +67,8 @@ class CheckpointManager:
         self.save_total_limit = save_total_limit
         self.best_metric = best_metric
         self.best_metric_mode = best_metric_mode
-        self._recover()
+        finish_replacements(self.output_dir)
+        remove_leftovers(self.output_dir, has_dead_writer)
 
     def save(
         self,
@@ -103,10 +89,11 @@ class CheckpointManager:
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         states["extra_state"] = dict(extra_state or {})
         checkpoint_id = f"step_{step:08d}"
-        writing = self.output_dir / f".writing-{checkpoint_id}-{os.getpid()}"
+        writing = writing_place(self.output_dir / checkpoint_id)
         try:
             writing.mkdir(parents=True)
-            files = {f"{name}.pt": _write(writing / f"{name}.pt", s) for name, s in states.items()}
+            files = {f"{name}.pt": write_state(writing / f"{name}.pt", state)
+                     for name, state in states.items()}
             metadata = {
                 "checkpoint_id": checkpoint_id,
                 "step": step,
@@ -115,14 +102,13 @@ class CheckpointManager:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": files,
             }
-            _write_text(writing / METADATA, json.dumps(metadata, indent=1))
-            _flush_folder(writing)
-            self._move_into_place(writing, self.output_dir / checkpoint_id)
+            write_bytes(writing / METADATA, json.dumps(metadata, indent=1).encode())
+            flush_folder(writing)
+            move_into_place(writing, self.output_dir / checkpoint_id)
         except (OSError, RuntimeError) as error:
             # torch.save raises RuntimeError where the disk is full.
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
             raise CheckpointError(
-                f"{self.output_dir / checkpoint_id}: cannot be written ({reason}); free "
+                f"{self.output_dir / checkpoint_id}: cannot be written ({reason_of(error)}); free "
                 "disk space or choose another checkpoint_dir; earlier checkpoints are untouched"
             ) from error
         finally:
@@ -132,22 +118,14 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints in order of their step, unverified."""
-        found = []
-        for path in sorted(self.output_dir.glob("step_*")):
-            try:
-                metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
-                found.append(Checkpoint(path=path, **metadata))
-            except (OSError, ValueError, TypeError) as error:
-                warnings.warn(f"{path}: not a checkpoint ({error}); passed over", stacklevel=2)
+        found, complaints = read_folder(self.output_dir)
+        for complaint in complaints:
+            warnings.warn(complaint, stacklevel=2)
         return found
 
     def best(self) -> Checkpoint | None:
         """Return the best checkpoint among those that measured `best_metric`."""
-        measured = [c for c in self.list_checkpoints()
-                    if math.isfinite(c.metrics.get(self.best_metric, math.nan))]
-        sign = 1 if self.best_metric_mode == "min" else -1
-        return min(measured, key=lambda c: (sign * c.metrics[self.best_metric], -c.step),
-                   default=None)
+        return self._best_of(self.list_checkpoints())
 
     def load_latest(
         self,
@@ -161,13 +139,13 @@ class CheckpointManager:
         A damaged one is named in a warning and passed over. Raises CheckpointError if none is
         left.
         """
-        for checkpoint in reversed(self.list_checkpoints()):
+        for checkpoint in reversed(self._look()):
             try:
-                verify(checkpoint)
+                intact = self._intact(checkpoint)
             except CheckpointError as error:
                 warnings.warn(f"{error}; using the one before it", stacklevel=2)
                 continue
-            return self.load(checkpoint, model, optimizer, scheduler, scaler)
+            return self.load(intact, model, optimizer, scheduler, scaler)
         raise CheckpointError(f"{self.output_dir}: no intact checkpoint to load")
 
     def load_best(
@@ -178,13 +156,12 @@ class CheckpointManager:
         scaler: Stateful | None = None,
     ) -> tuple[int, int, dict[str, Any]]:
         """Load the best checkpoint; return step, epoch and extra state."""
-        best = self.best()
+        best = self._best_of(self._look())
         if best is None:
             raise CheckpointError(
                 f"{self.output_dir}: no checkpoint has a finite metric '{self.best_metric}'"
             )
-        verify(best)
-        return self.load(best, model, optimizer, scheduler, scaler)
+        return self.load(self._intact(best), model, optimizer, scheduler, scaler)
 
     def load(
         self,
@@ -201,7 +178,7 @@ class CheckpointManager:
         for name, part in parts.items():
             if part is None:
                 continue
-            state = _read(checkpoint.path / f"{name}.pt")
+            state = read_state(checkpoint.path / f"{name}.pt")
             try:
                 part.load_state_dict(state)
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -209,7 +186,7 @@ class CheckpointManager:
                     f"{checkpoint.path / name}.pt does not fit this {name}: "
                     f"{' '.join(str(error).split())[:300]}"
                 ) from None
-        return checkpoint.step, checkpoint.epoch, _read(checkpoint.path / EXTRA_STATE)
+        return checkpoint.step, checkpoint.epoch, read_state(checkpoint.path / EXTRA_STATE)
 
     def print_summary(self) -> None:
         """Print a line for each checkpoint, the best one marked."""
@@ -221,91 +198,29 @@ class CheckpointManager:
             size = f"{checkpoint.bytes / 1e6:.0f} MB"
             print(f"  {checkpoint.checkpoint_id}  {checkpoint.created}  {size}  {metrics}{mark}")
 
-    def _move_into_place(self, writing: Path, place: Path) -> None:
-        replaced = self.output_dir / f".replaced-{place.name}"
-        if place.exists():
-            # Two renames: what a kill leaves between them, _recover puts right.
-            place.rename(replaced)
-        writing.rename(place)
-        _flush_folder(self.output_dir)
-        shutil.rmtree(replaced, ignore_errors=True)
+    def _look(self) -> list[Checkpoint]:
+        """Return the checkpoints as they are at this moment, in order of their step."""
+        return self.list_checkpoints()
 
-    def _recover(self) -> None:
-        """Finish or undo what a killed process left half-done."""
-        for replaced in self.output_dir.glob(".replaced-*"):
-            place = self.output_dir / replaced.name.removeprefix(".replaced-")
-            if place.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(place)
-        for writing in self.output_dir.glob(".writing-step_*-*"):
-            process = writing.name.rsplit("-", 1)[1]
-            if process.isdecimal() and not psutil.pid_exists(int(process)):
-                shutil.rmtree(writing)
+    def _intact(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint to load, verified; raise CheckpointError if it is damaged."""
+        verify(checkpoint)
+        return checkpoint
+
+    def _best_of(self, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+        measured = [c for c in checkpoints
+                    if math.isfinite(c.metrics.get(self.best_metric, math.nan))]
+        sign = 1 if self.best_metric_mode == "min" else -1
+        return min(measured, key=lambda c: (sign * c.metrics[self.best_metric], -c.step),
+                   default=None)
+
+    def _worth_keeping(self, checkpoints: Sequence[Checkpoint]) -> set[str]:
+        """Return the ids of the most recent checkpoints and of the best one."""
+        kept = {c.checkpoint_id for c in checkpoints[-self.save_total_limit :]}
+        best = self._best_of(checkpoints)
+        return kept | {best.checkpoint_id} if best else kept
 
     def _prune(self) -> None:
-        checkpoints = self.list_checkpoints()
-        kept = {c.checkpoint_id for c in checkpoints[-self.save_total_limit :]}
-        best = self.best()
-        if best is not None:
-            kept.add(best.checkpoint_id)
-        for checkpoint in checkpoints:
-            if checkpoint.checkpoint_id not in kept:
-                # Out of sight by one rename first: a kill never leaves a half-deleted checkpoint.
-                doomed = checkpoint.path.with_name(
-                    f".writing-{checkpoint.checkpoint_id}-{os.getpid()}"
-                )
-                checkpoint.path.rename(doomed)
-                shutil.rmtree(doomed)
-
-
-def verify(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless every file is there and has the hash that was recorded."""
-    if EXTRA_STATE not in checkpoint.files:
-        raise CheckpointError(f"{checkpoint.path / METADATA}: lists no {EXTRA_STATE}")
-    for name, entry in checkpoint.files.items():
-        path = checkpoint.path / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written"
-            )
-        if _sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: damaged (its hash is not the recorded one)")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write(path: Path, state: Any) -> dict[str, Any]:
-    with path.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be loaded ({reason[:200]})") from None
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        checkpoints, _ = read_folder(self.output_dir)
+        kept = self._worth_keeping(checkpoints)
+        remove_checkpoints(c for c in checkpoints if c.checkpoint_id not in kept)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from svend.data.corpus import Corpus
-from svend.pipeline.checkpoints import METADATA, MODEL, Checkpoint
+from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder

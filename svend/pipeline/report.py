@@ -75,7 +75,7 @@ def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
     for result in results:
         mark = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
         console.print(f"{mark}  {result.name:<20}  ", end="")
-        console.print(result.detail, markup=False)
+        console.print(result.detail, markup=False, soft_wrap=True)
         passed = passed and result.passed
     return passed
 

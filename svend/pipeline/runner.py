@@ -170,7 +170,7 @@ class PipelineRunner:
         try:
             config = self.config.resolve()
         except UserError as error:
-            self._console.print(f"FAIL  configuration  {error}", markup=False)
+            self._console.print(f"FAIL  configuration  {error}", markup=False, soft_wrap=True)
             return False
         keep_freed_memory()
         checks = InfrastructureChecks(config, lambda device: build_model(

@@ -55,7 +55,7 @@ class TrackedRun:
                 mlflow.set_experiment(experiment_name)
             name = None if joined else run_name
             active = mlflow.start_run(run_name=name, log_system_metrics=True)
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:300]}; "
                 "check MLFLOW_TRACKING_URI and that the server is up"
@@ -190,7 +190,7 @@ def check_tracking_store() -> str:
         written = client.get_run(run_id).data.metrics
         client.set_terminated(run_id)
         client.delete_run(run_id)
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         raise TrackingError(
             f"tracking store {uri}: {str(error).splitlines()[0][:300]}; check MLFLOW_TRACKING_URI"
         ) from error

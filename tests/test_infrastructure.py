@@ -1,0 +1,79 @@
+"""`svend validate`: every check does the thing, and each failure says what to do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Workplace
+
+CHECKS = ["device", "precision", "compile", "memory", "disk", "data", "tokenizer",
+          "tracking store", "forward and backward", "overfits one batch", "checkpoint"]
+
+
+def validate(workplace: Workplace, *options: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Run the command; return its exit code and each check's mark and detail."""
+    done = workplace.run([
+        sys.executable, "-m", "svend", "validate", "--profile", "quick_test",
+        "--training.compile", "off", "--checkpoint_dir", str(workplace.checkpoints),
+        "--data.cache_dir", str(workplace.folder / "cache"), *options,
+    ])
+    assert "Traceback" not in done.stdout
+    report = {}
+    for line in done.stdout.splitlines():
+        mark, _, rest = line.partition("  ")
+        for name in CHECKS:
+            if mark in ("pass", "FAIL") and rest.startswith(name + " "):
+                report[name] = (mark, rest.removeprefix(name).strip())
+    return done.returncode, report
+
+
+def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(
+    workplace: Workplace,
+) -> None:
+    code, report = validate(workplace)
+    assert code == 0
+    assert list(report) == CHECKS
+    assert {mark for mark, _ in report.values()} == {"pass"}
+    assert list(workplace.checkpoints.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "check", "remedy", "not_run"),
+    [
+        (("--data", "gsm8k", "--data.path", "nowhere"), "data", "nowhere: no such file",
+         {"tokenizer", "forward and backward", "overfits one batch", "checkpoint"}),
+        (("--training.learning_rate", "1e-12"), "overfits one batch",
+         "check training.learning_rate", set()),
+        (("--checkpoint_dir", "taken/deeper"), "checkpoint", "choose another", set()),
+        (("--model.hidden_size", "65536", "--model.num_hidden_layers", "400"), "memory",
+         "choose a smaller scale",
+         {"forward and backward", "overfits one batch", "checkpoint"}),
+    ],
+    ids=["data", "overfit", "checkpoint_dir", "memory"],
+)
+def test_a_failed_check_names_the_remedy_and_what_builds_on_it_is_not_run(
+    workplace: Workplace, options: tuple[str, ...], check: str, remedy: str, not_run: set[str]
+) -> None:
+    (workplace.folder / "taken").write_text("a file where a folder should be")
+    code, report = validate(workplace, *options)
+    assert code == 1
+    assert report[check][0] == "FAIL"
+    assert remedy in report[check][1]
+    assert {name for name, (_, detail) in report.items() if detail.startswith("not run")} == not_run
+
+
+def test_a_tracking_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    class Unwritable(Workplace):
+        @property
+        def tracking_uri(self) -> str:
+            return f"sqlite:///{tmp_path / 'no' / 'such' / 'folder' / 'mlflow.db'}"
+
+    (tmp_path / "no").write_text("a file where a folder should be")
+    code, report = validate(Unwritable(tmp_path))
+    assert code == 1
+    assert report["tracking store"][0] == "FAIL"
+    assert "check MLFLOW_TRACKING_URI" in report["tracking store"][1]
+    assert report["checkpoint"][0] == "pass"
