@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted before the run began", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,16 +109,16 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if resume not in ("true", "false"):
             raise ConfigError(f"resume = {resume}: must be true or false")
         config = load_config(groups, _overrides(rest))
+        print("starting: loading torch and mlflow", flush=True)
+        from svend.pipeline.runner import PipelineRunner
+
+        runner = PipelineRunner(config)
     except UserError as error:
         if "MLFLOW_RUN_ID" in os.environ:
-            from svend.tracking.run import fail_joined_run
+            from svend.tracking.run import end_joined_run
 
-            fail_joined_run(str(error))
+            end_joined_run("FAILED", str(error))
         raise
-    print("starting: loading torch and mlflow", flush=True)
-    from svend.pipeline.runner import PipelineRunner
-
-    runner = PipelineRunner(config)
     if known.command == "validate":
         return 0 if runner.validate_infrastructure() else EXIT_USER_ERROR
     result = runner.run(resume=resume == "true")

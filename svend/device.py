@@ -7,6 +7,8 @@ import ctypes
 import os
 import platform
 import shutil
+import sys
+import sysconfig
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -37,7 +39,9 @@ def resolve_device(device: Device) -> torch.device:
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise ResourceError if the device cannot compute in this precision."""
-    if precision is Precision.BF16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision is Precision.BF16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
         raise ResourceError(
             f"training.precision = bf16: {torch.cuda.get_device_name()} has no bf16; "
             "set training.precision=fp16"
@@ -76,9 +80,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def has_cpp_compiler() -> bool:
-    """Whether torch.compile can compile for the CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it builds with: a compiler and Python's headers."""
+    default, variable = ("g++", "CXX") if device.type == "cpu" else ("gcc", "CC")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return shutil.which(os.environ.get(variable, default)) is not None and headers.is_file()
 
 
 def available_bytes(device: torch.device) -> int:
@@ -100,4 +106,5 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows, where only CUDA runs report a peak
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -543,7 +543,7 @@ def _create(
     folder: Path, run_id: str = "r", scale: str = "tiny", experiment: str = "svend",
     saved: bool = True,
 ) -> RunFolder:
-    identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a")
+    identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a", "cpu", False)
     run = RunFolder.create(_config(folder, experiment, scale), identity)
     if saved:
         (run.path / "step_00000001").mkdir()
@@ -555,7 +555,7 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     assert [run.path.name for run in runs] == ["svend", "svend-2", "svend-3"]
     assert json.loads((runs[1].path / "run.json").read_text()) == {
         "run_id": "1", "tracking_uri": "sqlite:///x", "experiment": "svend", "scale": "tiny",
-        "data_fingerprint": "da7a",
+        "data_fingerprint": "da7a", "device": "cpu", "compiled": False,
         "finished": False}
 
 
@@ -581,7 +581,9 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
     _create(tmp_path, "without a checkpoint", saved=False)
     _create(tmp_path, "another experiment", experiment="other")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
-    assert found.identity == RunIdentity("wanted", "sqlite:///x", "svend", "tiny", "da7a")
+    assert found.identity == RunIdentity(
+        "wanted", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False
+    )
     assert found.path == tmp_path / "svend-2"
 
 
@@ -630,29 +632,31 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a"))
+                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False))
     moved = _config(tmp_path / "moved", **{"data": DataConfig(), **changes}).resolve()
-    run.check_resumable(moved, "da7a")
+    run.check_config(moved)
+    run.check_machine("da7a", "cpu")
 
 
-@pytest.mark.parametrize(("changes", "fingerprint", "named"), [
-    ({"seed": 1}, "da7a", "training.seed was 0, now 1"),
-    ({"max_steps": 5}, "da7a", "training.max_steps was None, now 5"),
-    ({"precision": Precision.FP32}, "da7a", "training.precision was bf16, now fp32"),
-    ({"scale": "small"}, "da7a", "model."),
-    ({"experiment": "other"}, "da7a", "training.experiment_name was svend, now other"),
-    ({"validation_gates": {"max_loss": 5.0}}, "da7a", "training.validation_gates"),
-    ({"data": DataConfig(max_seq_length=64)}, "da7a", "training.data.max_seq_length"),
-    ({}, "0ther", "the data have changed"),
+@pytest.mark.parametrize(("changes", "fingerprint", "device", "named"), [
+    ({"seed": 1}, "da7a", "cpu", "training.seed was 0, now 1"),
+    ({"max_steps": 5}, "da7a", "cpu", "training.max_steps was None, now 5"),
+    ({"precision": Precision.FP32}, "da7a", "cpu", "training.precision was bf16, now fp32"),
+    ({"scale": "small"}, "da7a", "cpu", "model."),
+    ({"experiment": "other"}, "da7a", "cpu", "training.experiment_name was svend, now other"),
+    ({"validation_gates": {"max_loss": 5.0}}, "da7a", "cpu", "training.validation_gates"),
+    ({"data": DataConfig(max_seq_length=64)}, "da7a", "cpu", "training.data.max_seq_length"),
+    ({}, "da7a", "cuda", "it ran on cpu, this is cuda"),
+    ({}, "0ther", "cpu", "the data have changed"),
 ])
 def test_a_run_is_not_resumed_as_another_run(
-    tmp_path: Path, changes: dict[str, Any], fingerprint: str, named: str
+    tmp_path: Path, changes: dict[str, Any], fingerprint: str, device: str, named: str
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a"))
+                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False))
     with pytest.raises(UserError, match=r"^cannot resume") as refusal:
-        run.check_resumable(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve(),
-                            fingerprint)
+        run.check_config(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve())
+        run.check_machine(fingerprint, device)
     assert named in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
 
@@ -703,5 +707,5 @@ def test_a_run_folder_with_a_checkpoint_or_files_of_others_is_kept(tmp_path: Pat
     (noted.path / "notes.txt").write_text("mine")
     for run in (saved, noted):
         run.discard_if_empty()
-    assert _names(saved.path) == ["config.yaml", "run.json", "step_00000001"]
+    assert _names(saved.path) == [".lock", "config.yaml", "run.json", "step_00000001"]
     assert (noted.path / "notes.txt").read_text() == "mine"

@@ -183,7 +183,7 @@ def test_the_last_of_several_overrides_of_a_key_wins() -> None:
     ("training.data.sources", "[gsm8k, openmath]", ["gsm8k", "openmath"]),
     ("training.validation_gates", "{min_accuracy: 0.05}", {"min_accuracy": 0.05}),
     ("training.validation_gates.min_accuracy", "0.05", {"min_accuracy": 0.05}),
-    ("model.hidden_size", "64", 64),
+    ("model.name", "own-64", "own-64"),
     ("gates.full", "[]", []),
 ])
 def test_a_value_on_the_command_line_is_read_as_yaml(key: str, text: str, expected: Any) -> None:
@@ -582,3 +582,19 @@ def test_a_bad_command_line_is_refused_in_one_line(
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert named in shown.err
+
+
+def test_a_model_of_another_shape_cannot_enter_the_registry_of_the_scale() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.name = svend-tiny-50m: must be a name of its"):
+        load_config(overrides=[("model.hidden_size", "64")])
+    own = load_config(overrides=[("model.hidden_size", "64"), ("model.name", "own")])
+    assert own.model is not None
+    assert (own.model.name, own.model.hidden_size) == ("own", 64)
+
+
+def test_other_sources_do_not_carry_the_recipes_name() -> None:
+    data = load_config(
+        {"data": "gsm8k"}, [("data.sources", "[gym_reasoning]")]
+    ).training.data
+    assert (data.recipe, data.purpose) == ("custom", "own sources")
+    assert load_config({"data": "gsm8k"}).training.data.recipe == "gsm8k"

@@ -193,7 +193,7 @@ def plan_of(
     **changes: Any,
 ) -> plan_module.RunPlan:
     """The plan of 100 steps on a machine where they take about `seconds`."""
-    monkeypatch.setattr(plan_module, "has_cpp_compiler", lambda: compiler)
+    monkeypatch.setattr(plan_module, "can_compile", lambda _: compiler)
     monkeypatch.setattr(plan_module, "measure_matmul_peak", lambda *_: 1e11)
     monkeypatch.setattr(
         plan_module, "measure_micro_batch_seconds", lambda *_: (seconds / 100, 0.0)

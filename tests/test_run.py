@@ -191,6 +191,12 @@ def test_an_interrupted_mlflow_run_is_killed_with_a_reason_and_goes_on_in_the_sa
     refused = workplace.run(workplace.mlflow_command(*options, "-P", "resume=true"))
     assert "training.max_steps was 2000, now 40" in refused.stdout
     assert refused.returncode != 0
+    [attempt] = [r for r in runs_of(workplace, "stop") if r.info.run_id != run.info.run_id]
+    assert attempt.info.status == "FAILED"
+    assert attempt.data.tags["svend.reason"].startswith("cannot resume ")
+    [untouched] = [r for r in runs_of(workplace, "stop") if r.info.run_id == run.info.run_id]
+    assert untouched.info.status == "KILLED"
+    assert untouched.data.tags["svend.reason"] == run.data.tags["svend.reason"]
 
     process = workplace.start(
         workplace.mlflow_command(*options, "-P", "resume=true", **changes)
@@ -202,8 +208,10 @@ def test_an_interrupted_mlflow_run_is_killed_with_a_reason_and_goes_on_in_the_sa
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    by_name = {run.info.run_name: run for run in runs_of(workplace, "stop")}
-    assert set(by_name) == {"tiny-embedded", "resumption of tiny-embedded"}
+    by_name = {r.info.run_name: r for r in runs_of(workplace, "stop")}
+    resumption = by_name["resumption of tiny-embedded"]
+    assert resumption.data.tags["mlflow.parentRunId"] == run.info.run_id
+    assert len(by_name) == 3
     steps = [step for step, _ in losses(workplace, by_name["tiny-embedded"])]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > last.step
@@ -249,7 +257,7 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
     assert run.info.status == "FAILED"
     assert run.data.tags["svend.reason"] == line.removeprefix("error: ")
     left = {path.name for path in workplace.checkpoints.glob("svend/*")}
-    assert left <= {"run.json", "config.yaml", "verdicts.jsonl", "step_00000020"}
+    assert left <= {".lock", "run.json", "config.yaml", "verdicts.jsonl", "step_00000020"}
     assert bool(left) == ("gate" in line)
 
 
@@ -304,3 +312,36 @@ def test_a_run_killed_before_its_verdict_gets_it_when_resumed(workplace: Workpla
     assert {json.loads(line)["level"] for line in lines if line} == {"quick", "standard"}
     client = MlflowClient(workplace.tracking_uri)
     assert client.get_registered_model("svend-debug").aliases["standard"] == 2
+
+
+def test_a_resumed_run_may_log_otherwise_and_only_one_process_may_train_it(
+    workplace: Workplace,
+) -> None:
+    long = {"training__max_steps": "4000", "training__validation_gates__perplexity": "1e9"}
+    process = workplace.start(workplace.train_command(**long))
+    wait_for_checkpoint(workplace, process)
+    second = workplace.run(workplace.train_command("--resume", **long))
+    assert second.returncode == 1
+    assert "another process is training this run" in second.stdout
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    first = CheckpointManager(workplace.checkpoints / "svend").list_checkpoints()[-1].step
+    resumed = workplace.start(
+        workplace.train_command("--resume", training__logging_steps="3", **long)
+    )
+    deadline = time.monotonic() + 90
+    while CheckpointManager(workplace.checkpoints / "svend").list_checkpoints()[-1].step == first:
+        assert resumed.poll() is None, resumed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(resumed.pid, signal.SIGKILL)
+    resumed.communicate()
+
+
+def test_a_gate_that_failed_still_stands_when_the_run_is_resumed(workplace: Workplace) -> None:
+    strict = {"training__validation_gates__perplexity": "1.5"}
+    assert workplace.run(workplace.train_command(**strict)).returncode == 1
+    resumed = workplace.run(workplace.train_command("--resume", **strict))
+    assert resumed.returncode == 1
+    assert "the checkpoint at step 20 failed its gate" in resumed.stdout
+    assert only_run(workplace, "svend").info.status == "FAILED"

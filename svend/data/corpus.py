@@ -89,15 +89,27 @@ def build_corpus(data: DataConfig, vocab_size: int, seed: int, progress: Progres
     parts = locate_sources(data, seed)
     cache = Path(data.cache_dir).expanduser() / _cache_key(data, parts, vocab_size)
     if not (cache / "corpus.json").is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(cache.parent)
-        building = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=cache.parent))
         try:
-            _write_corpus(building, data, parts, vocab_size, progress)
-            _move_into_place(building, cache)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            _make_entry(cache, data, parts, vocab_size, progress)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir {cache.parent.absolute()}: cannot be written ({error.strerror}); "
+                "free space, or choose another"
+            ) from error
     return _read_corpus(cache)
+
+
+def _make_entry(
+    cache: Path, data: DataConfig, parts: list[SourceParts], vocab_size: int, progress: Progress
+) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(cache.parent)
+    building = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=cache.parent))
+    try:
+        _write_corpus(building, data, parts, vocab_size, progress)
+        _move_into_place(building, cache)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _cache_key(data: DataConfig, parts: list[SourceParts], vocab_size: int) -> str:

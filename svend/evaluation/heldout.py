@@ -81,4 +81,4 @@ def _ratio_estimate(sums: list[float], tokens: list[int]) -> HeldoutLoss:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value > 700 else math.exp(value)

@@ -140,6 +140,8 @@ class ReasoningTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.head.weight.device.type != "meta":
+            self.initialize(torch.initial_seed())
 
     def initialize(self, seed: int) -> None:
         """Draw the weights anew: normal, smaller by sqrt(2 L) where a branch joins the residual.
@@ -184,7 +186,7 @@ class ReasoningTransformer(nn.Module):
         if torch.is_autocast_enabled(device_type):
             # The residual stream too: half the memory traffic, and fp32 where the norms need it.
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device_type))
-        positions_BT, mask_B1TT = _layout(tokens_BT, documents_BT)
+        positions_BT, mask_B1TT = _layout(tokens_BT, documents_BT, x_BTD.dtype)
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
         for block in self.blocks:
@@ -203,8 +205,14 @@ class ReasoningTransformer(nn.Module):
             block.compile(dynamic=False)
 
 
-def _layout(tokens_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Positions counted from the start of each document, and who may attend to whom."""
+def _layout(
+    tokens_BT: Tensor, documents_BT: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Positions counted from the start of each document, and who may attend to whom.
+
+    The mask is what is added to the scores, 0 or minus infinity: from a boolean one every layer
+    would make that anew, and keep it for its backward pass.
+    """
     batch, length = tokens_BT.shape
     index_T = torch.arange(length, device=tokens_BT.device)
     if documents_BT is None:
@@ -213,4 +221,6 @@ def _layout(tokens_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Ten
     starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     origin_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
     same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return index_T - origin_BT, same_BTT.tril()[:, None]
+    mask_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=tokens_BT.device)
+    mask_BTT.masked_fill_(~same_BTT.tril_(), -math.inf)
+    return index_T - origin_BT, mask_BTT[:, None]

@@ -124,8 +124,10 @@ def has_full_length(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def copy_checkpoint(source: Checkpoint, folder: Path) -> Checkpoint:
+def copy_checkpoint(source: Checkpoint, folder: Path, writer: str | None = None) -> Checkpoint:
     """Copy a checkpoint into another folder, whole or not at all; return the copy.
+
+    `writer` tells apart those who may write there at the same time.
 
     Raises CheckpointError if the source is damaged, and OSError if what arrived is not what was
     sent or if either folder cannot be reached.
@@ -133,9 +135,7 @@ def copy_checkpoint(source: Checkpoint, folder: Path) -> Checkpoint:
     verify_sizes(source)
     metadata = (source.path / METADATA).read_bytes()
     place = folder / source.path.name
-    writing = writing_place(place)
-    # A failed attempt may have been unable to clear up behind itself.
-    shutil.rmtree(writing, ignore_errors=True)
+    writing = writing_place(place, writer)
     writing.mkdir()
     try:
         for name, entry in source.files.items():
@@ -171,9 +171,9 @@ def _copy_file(source: Path, target: Path, sha256: str) -> None:
         raise OSError(errno.EIO, "what arrived is not what was sent", str(target))
 
 
-def writing_place(place: Path) -> Path:
-    """Return the hidden folder in which this process prepares what goes to `place`."""
-    return place.with_name(f".writing-{place.name}-{os.getpid()}")
+def writing_place(place: Path, writer: str | None = None) -> Path:
+    """Return the hidden folder in which a writer, or this process, prepares what goes to `place`."""
+    return place.with_name(f".writing-{place.name}-{writer or os.getpid()}")
 
 
 def move_into_place(writing: Path, place: Path) -> None:
@@ -259,7 +259,8 @@ def flush_folder(folder: Path) -> None:
 
 def reason_of(error: Exception) -> str:
     """Return why it failed, in part of a line."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return getattr(error, "strerror", None) or lines[0][:200]
 
 
 def _sha256(path: Path) -> str:

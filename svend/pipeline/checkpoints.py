@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from svend.pipeline.checkpoint_files import (
     METADATA,
     MODEL,
     Checkpoint,
+    copy_checkpoint,
     finish_replacements,
     flush_folder,
     has_dead_writer,
@@ -33,6 +35,7 @@ from svend.pipeline.checkpoint_files import (
     write_state,
     writing_place,
 )
+from svend.pipeline.drive_copier import DriveCopier, reach_drive
 
 __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
            "Stateful", "verify"]
@@ -113,7 +116,7 @@ class CheckpointManager:
             ) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
-        self._prune()
+        self._saved(checkpoint_id)
         return checkpoint_id
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -220,7 +223,155 @@ class CheckpointManager:
         best = self._best_of(checkpoints)
         return kept | {best.checkpoint_id} if best else kept
 
-    def _prune(self) -> None:
+    def _saved(self, checkpoint_id: str) -> None:
+        """Do what a new checkpoint calls for."""
+        self._prune({checkpoint_id})
+
+    def _prune(self, spared: set[str]) -> None:
         checkpoints, _ = read_folder(self.output_dir)
-        kept = self._worth_keeping(checkpoints)
+        kept = self._worth_keeping(checkpoints) | spared
         remove_checkpoints(c for c in checkpoints if c.checkpoint_id not in kept)
+
+
+class DriveCheckpointManager(CheckpointManager):
+    """Saves into a local cache at once, and copies to a slow, unreliable folder in the background.
+
+    The folder may vanish and come back at any time. What is loaded is the newest checkpoint that
+    is intact on either side. Used as a context manager, or closed, it waits for the copies; a
+    normal end of the process waits too, for a bounded time.
+    """
+
+    def __init__(
+        self,
+        drive_path: str | Path,
+        local_cache: str | Path | None = None,
+        save_total_limit: int = 3,
+        best_metric: str = "loss",
+        best_metric_mode: str = "min",
+    ) -> None:
+        """Mount Drive if `drive_path` lies on it, and copy what an earlier process could not.
+
+        Without a `local_cache`, each `drive_path` has its own under ~/.cache/svend.
+        """
+        self.drive_path = Path(drive_path).expanduser().absolute()
+        cache = Path(local_cache).expanduser() if local_cache else _own_cache(self.drive_path)
+        super().__init__(cache, save_total_limit, best_metric, best_metric_mode)
+        reach_drive(self.drive_path)
+        _claim_cache(cache, self.drive_path)
+        self._copier = DriveCopier(cache, self.drive_path, self._worth_keeping)
+        self._copy_what_is_missing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def flush(self, timeout_seconds: float = 600.0) -> bool:
+        """Wait until every checkpoint has arrived; return whether all have."""
+        arrived = self._copier.flush(timeout_seconds)
+        self._prune(self._copier.in_flight)
+        return arrived
+
+    def close(self, timeout_seconds: float = 600.0) -> bool:
+        """Wait as `flush` does, though not long for a drive that is away; then stop trying.
+
+        What has not arrived stays in the cache, and is copied by the next manager of both.
+        """
+        return self._copier.close(timeout_seconds)
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Return the checkpoints of both sides in order of their step, unverified.
+
+        The drive's are those of the last look at it, for it may be slow: loading and every
+        finished copy look anew.
+        """
+        return self._newest_of_each(super().list_checkpoints())
+
+    def print_summary(self) -> None:
+        """Print a line for each checkpoint, the best one marked, and how the drive stands."""
+        super().print_summary()
+        waiting = self._copier.waiting()
+        state = f"waiting to be copied: {', '.join(waiting)}" if waiting else "nothing waits"
+        print(f"{self.drive_path}: {len(self._copier.on_drive)} checkpoints, {state}")
+
+    def _saved(self, checkpoint_id: str) -> None:
+        self._copier.add(checkpoint_id)
+        # A drive slower than the training would otherwise never see a copy finished.
+        self._prune({checkpoint_id} | self._copier.in_flight)
+
+    def _look(self) -> list[Checkpoint]:
+        try:
+            complaints = self._copier.look()
+        except OSError as error:
+            complaints = [f"{self.drive_path}: cannot be read ({reason_of(error)}); "
+                          f"only {self.output_dir} is looked at"]
+        for complaint in complaints:
+            warnings.warn(complaint, stacklevel=3)
+        return self.list_checkpoints()
+
+    def _newest_of_each(self, cached: list[Checkpoint]) -> list[Checkpoint]:
+        # The sort is stable: of two equal copies the cached one comes last, and is taken.
+        both = sorted([*self._copier.on_drive, *cached], key=lambda c: c.age_key)
+        return list({c.checkpoint_id: c for c in both}.values())
+
+    def _copy_what_is_missing(self) -> None:
+        try:
+            self._copier.look()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.drive_path}: cannot be read ({reason_of(error)}); mount the drive again"
+            ) from error
+        cached, _ = read_folder(self.output_dir)
+        kept = self._worth_keeping(self._newest_of_each(cached))
+        for checkpoint in cached:
+            if checkpoint.checkpoint_id in kept and not self._copier.has(checkpoint):
+                self._copier.add(checkpoint.checkpoint_id)
+
+    def _intact(self, checkpoint: Checkpoint) -> Checkpoint:
+        cached, _ = read_folder(self.output_dir)
+        copies = [c for c in [*cached, *self._copier.on_drive]
+                  if c.checkpoint_id == checkpoint.checkpoint_id]
+        *rest, last = sorted(copies, key=lambda c: c.created, reverse=True) or [checkpoint]
+        for copy in rest:
+            try:
+                return self._verified(copy)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; using the copy on the other side", stacklevel=3)
+        return self._verified(last)
+
+    def _verified(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.path.parent == self.output_dir:
+            verify(checkpoint)
+            return checkpoint
+        try:
+            fetched = copy_checkpoint(checkpoint, self.output_dir)
+        except OSError as error:
+            # A full cache is no reason to go back to an older state.
+            verify(checkpoint)
+            warnings.warn(f"{checkpoint.path}: read from the drive, for it cannot be copied to "
+                          f"{self.output_dir} ({reason_of(error)})", stacklevel=4)
+            fetched = checkpoint
+        self._copier.note_verified(checkpoint.checkpoint_id)
+        return fetched
+
+
+def _own_cache(drive_path: Path) -> Path:
+    place = hashlib.sha256(str(drive_path).encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "svend" / "checkpoints" / f"{drive_path.name}-{place}"
+
+
+def _claim_cache(cache: Path, drive_path: Path) -> None:
+    """Keep two runs from taking each other's checkpoints for their own."""
+    claim = cache / ".drive_path"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        owner = claim.read_text(encoding="utf-8") if claim.exists() else None
+        if owner is None:
+            write_bytes(claim, str(drive_path).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: cannot be written ({reason_of(error)}); choose another local_cache"
+        ) from error
+    if owner and owner != str(drive_path):
+        raise CheckpointError(f"{cache}: is the cache of {owner}; choose another local_cache")

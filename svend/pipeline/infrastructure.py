@@ -17,9 +17,9 @@ from svend.data.stream import Batch, BatchStream, PackedSequences
 from svend.device import (
     DTYPES,
     autocast,
+    can_compile,
     check_precision,
     describe_device,
-    has_cpp_compiler,
     resolve_device,
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
@@ -107,12 +107,13 @@ class InfrastructureChecks:
 
     def _check_compile(self) -> str:
         choice = self._config.training.compile
-        possible = self._device.type == "cuda" or has_cpp_compiler()
+        possible = can_compile(self._device)
         if choice is Compile.OFF or (choice is Compile.AUTO and not possible):
-            return "off" if choice is Compile.OFF else "off: no C++ compiler found"
+            return "off" if choice is Compile.OFF else "off: no compiler or no Python.h found"
         if not possible:
             raise ResourceError(
-                "training.compile = on: no C++ compiler found; install g++, or set it to off"
+                "training.compile = on: no compiler or no Python.h found; install g++ and Python's "
+                "headers, or set training.compile=off"
             )
         x = torch.randn(64, 64, device=self._device)
         try:

@@ -45,6 +45,11 @@ class StopSignals:
         """Return a context in which the first signal waits for `requested` to be read."""
         return _Deferred(self)
 
+    def raise_if_requested(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.requested is not None:
+            raise Interrupted(f"interrupted by {self.requested.name}")
+
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         now = time.monotonic()
         first = self.requested is None

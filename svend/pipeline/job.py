@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.record import record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.validation import Gates
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
 from svend.training.state import TrainState, build_state
@@ -37,12 +38,14 @@ class Job:
     heldout: PackedSequences
     plan: RunPlan
     state: TrainState
+    model_name: str
     tracked: TrackedRun
     folder: RunFolder
     manager: CheckpointManager
     started_seconds: float
     logged_step: int = 0
     saved_step: int = 0
+    last_finite_norm: float = math.nan
     first_loss: float = math.nan
     final_loss: float = math.nan
 
@@ -52,6 +55,7 @@ def prepare_job(
     tracked: TrackedRun,
     folder: RunFolder | None,
     model_factory: ModelFactory | None,
+    gates: Gates,
     console: Console,
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs."""
@@ -66,15 +70,19 @@ def prepare_job(
         lambda text: console.print(f"data: {text}"),
     )
     if folder is not None:
-        folder.check_resumable(config, corpus.fingerprint)
+        folder.check_machine(corpus.fingerprint, device.type)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.seed)
     sequences_per_step = training.batch_size * training.gradient_accumulation_steps
     one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
     total_steps = training.max_steps or one_run
-    plan = plan_run(config, total_steps, memory, device)
-    record_inputs(tracked, config, corpus, plan, describe_device(device))
+    plan = plan_run(
+        config, total_steps, memory, device, folder.identity.compiled if folder else None
+    )
     model = build_model(config, model_factory, device)
+    plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
+    if folder is None:
+        record_inputs(tracked, config, gates, corpus, plan, describe_device(device))
     if plan.compile and isinstance(model, ReasoningTransformer):
         model.compile_blocks()
     stream = BatchStream(sequences, training.batch_size)
@@ -82,11 +90,12 @@ def prepare_job(
     if folder is None:
         folder = RunFolder.create(config, RunIdentity(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
-            training.model_scale.value, corpus.fingerprint,
+            training.model_scale.value, corpus.fingerprint, device.type, plan.compile,
         ))
     manager = CheckpointManager(folder.path, training.save_total_limit)
     job = Job(
-        config, device, corpus, heldout, plan, state, tracked, folder, manager,
+        config, device, corpus, heldout, plan, state, _model_name(config, model, model_factory),
+        tracked, folder, manager,
         started_seconds=time.monotonic(),
     )
     if manager.list_checkpoints():
@@ -99,6 +108,18 @@ def prepare_job(
         job.logged_step = tracked.last_step("train/loss")
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
+
+
+def _model_name(
+    config: PipelineConfig, model: nn.Module, model_factory: ModelFactory | None
+) -> str:
+    """The name in the registry: an own model never enters the one of a scale."""
+    assert config.model is not None  # set by PipelineConfig.resolve
+    if model_factory is None:
+        return config.model.name
+    own = getattr(getattr(model, "config", None), "name", None)
+    scale = config.training.model_scale.value
+    return own if isinstance(own, str) and own != config.model.name else f"custom-{scale}"
 
 
 def build_model(

@@ -7,7 +7,7 @@ from typing import Any
 
 from svend.errors import ConfigError
 from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
-from svend.pipeline.options import PipelineConfig
+from svend.pipeline.options import DataConfig, PipelineConfig
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml
 
 
@@ -39,7 +39,15 @@ def load_config(
             f"training.model_scale = {scale_name}: the scale is {chosen['scale']}; "
             f"choose it with scale={scale_name}, which sets the model too"
         )
+    _name_by_sources(config.training.data, chosen["data"])
     return config.resolve()
+
+
+def _name_by_sources(data: DataConfig, recipe: str) -> None:
+    """Take a recipe's name and purpose off sources that are not the recipe's."""
+    named = read_group("data", recipe)["training"]["data"]
+    if data.sources != named["sources"] and data.recipe == named["recipe"]:
+        data.recipe, data.purpose = "custom", "own sources"
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> dict[str, Any]:

@@ -336,6 +336,13 @@ class PipelineConfig:
         resolved = dataclasses.replace(self, model=model, training=training)
         model.check()
         training.check()
+        of_scale = get_model_config(training.model_scale)
+        _require(
+            model == of_scale or model.name != of_scale.name,
+            "model.name",
+            model.name,
+            "a name of its own: the model differs from the scale's, whose registry it would enter",
+        )
         _require(
             (data.max_seq_length or 0) <= model.max_position_embeddings,
             "training.data.max_seq_length",

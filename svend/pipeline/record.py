@@ -8,28 +8,35 @@ from typing import Any
 import pandas as pd
 
 from svend.data.corpus import Corpus
-from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint
+from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
-from svend.pipeline.validation import GateLevel
+from svend.pipeline.validation import GateLevel, Gates
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
 from svend.tracking.run import TrackedRun, environment_tags, installed_packages
 
 
 def record_inputs(
-    tracked: TrackedRun, config: PipelineConfig, corpus: Corpus, plan: RunPlan, device: str
+    tracked: TrackedRun,
+    config: PipelineConfig,
+    gates: Gates,
+    corpus: Corpus,
+    plan: RunPlan,
+    device: str,
 ) -> None:
     """Log what the run is made of, before its first step."""
     data = config.training.data
-    tree = to_tree(config)
-    for level, gates in tree["gates"].items():
-        tree["gates"][level] = {
-            gate["name"]: f"{gate['metric_name']} {gate['comparison']} {gate['threshold']:g}"
-            for gate in gates
+    # The gates as they are decided, custom ones and replaced thresholds included.
+    tree = to_tree(config) | {"gates": {
+        level.value: {
+            gate.name: f"{gate.metric_name} {gate.comparison} {gate.threshold:g}"
+            for gate in of_level
         }
+        for level, of_level in gates.items()
+    }}
     # Under a prefix: `mlflow run` has logged its own parameters as they were typed.
     tracked.log_params({f"config.{key}": value for key, value in flatten(tree).items()})
     tracked.set_tags({
@@ -89,34 +96,47 @@ def record_verdicts(tracked: TrackedRun, folder: RunFolder) -> None:
     tracked.log_text(verdicts_html(rows), "verdicts.html")
 
 
-def passed_levels(rows: list[dict[str, Any]]) -> list[str]:
-    """The levels whose required gates all passed, up to the first that did not."""
+def passed_levels(gates: Gates, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the levels whose required gates all have a passing row, up to the first without.
+
+    The last row of a gate counts: a checkpoint may have been decided on again.
+    """
+    last = {(row["level"], row["gate"]): row for row in rows}
     passed = []
-    for level in GateLevel:
-        of_level = [row for row in rows if row["level"] == level.value]
-        if not of_level or not all(row["passed"] or not row["required"] for row in of_level):
+    for level, of_level in gates.items():
+        required = [gate.name for gate in of_level if gate.required]
+        if not all(last.get((level.value, name), {}).get("passed") for name in required):
             break
         passed.append(level.value)
     return passed
+
+
+def undecided(gates: Gates, rows: list[dict[str, Any]], levels: tuple[GateLevel, ...]) -> bool:
+    """Return whether a gate of these levels, required or not, has no row."""
+    decided = {(row["level"], row["gate"]) for row in rows}
+    return any(
+        (level.value, gate.name) not in decided for level in levels for gate in gates[level]
+    )
 
 
 def register_version(
     tracked: TrackedRun,
     folder: RunFolder,
     config: PipelineConfig,
+    model_name: str,
     corpus: Corpus,
     checkpoint: Checkpoint,
+    gates: Gates,
     rows: list[dict[str, Any]],
 ) -> RegisteredVersion:
-    """Register a checkpoint under its scale's name; aliases for the levels that `rows` pass.
+    """Register a checkpoint as `model_name`, with an alias for each level that `rows` pass.
 
     `rows` are the gate decisions on this very checkpoint.
     """
-    model = config.model
-    assert model is not None  # set by PipelineConfig.resolve
     tokenizer_path = folder.path / "tokenizer.json"
     tokenizer_path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-    aliases = passed_levels(rows)
+    verify(checkpoint)
+    aliases = passed_levels(gates, rows)
     tags = {
         "svend.run_id": tracked.run_id,
         "svend.checkpoint_sha256": checkpoint.weights_sha256,
@@ -127,7 +147,7 @@ def register_version(
         **{f"gate.{row['level']}.{row['gate']}": _verdict_text(row) for row in rows},
     }
     return register_checkpoint(
-        model.name,
+        model_name,
         [checkpoint.path / MODEL, checkpoint.path / METADATA,
          folder.path / CONFIG_FILE, tokenizer_path],
         tracked.run_id,
@@ -138,9 +158,8 @@ def register_version(
         aliases,
         f"step {checkpoint.step}: held-out loss {checkpoint.metrics['loss']:.4f}; "
         f"passed {', '.join(aliases) or 'no level'}",
-        f"Svend {model.name}: {model.num_parameters():,} parameters, "
-        f"{model.num_hidden_layers} layers of {model.hidden_size}. The aliases quick, standard, "
-        "full and production are the gate levels that a version has passed.",
+        f"{model_name}, trained by Svend at scale {config.training.model_scale.value}. The aliases "
+        "quick, standard, full and production are the gate levels that a version has passed.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -222,7 +223,9 @@ def show_next_steps(
             ("registered", f"{registered.name} version {registered.version} ({stages}; {space})")
         )
     if local:
-        lines.append(("see the run", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
+        # By the interpreter's path: it works whether or not the environment is active.
+        command = f"{shlex.quote(sys.executable)} -m mlflow ui"
+        lines.append(("see the run", f"{command} --backend-store-uri {shlex.quote(tracking_uri)}"))
     lines.append(("" if local else "see the run", url))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 VERDICTS_FILE = "verdicts.jsonl"
+LOCK_FILE = ".lock"
 # Where things lie and how much is kept: a resumed run may have these otherwise.
 MAY_CHANGE = {
     "checkpoint_dir", "training.data.cache_dir", "training.data.path",
@@ -34,6 +37,8 @@ class RunIdentity:
     experiment: str
     scale: str
     data_fingerprint: str
+    device: str
+    compiled: bool
     finished: bool = False
 
 
@@ -43,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path, identity: RunIdentity) -> None:
         self.path = path
         self.identity = identity
+        self._lock: int | None = None
 
     @classmethod
     def create(cls, config: PipelineConfig, identity: RunIdentity) -> RunFolder:
@@ -52,16 +58,20 @@ class RunFolder:
         while True:
             path = _path(checkpoint_dir, experiment, number)
             try:
-                path.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(path):
+                    path.mkdir()
+                    break
             except OSError as error:
+                if path.is_dir():
+                    continue  # another process took the name just now
                 raise UserError(
                     f"checkpoint_dir {path.parent.absolute()}: cannot be written "
                     f"({error.strerror}); choose another"
                 ) from None
+            number += 1
         folder = cls(path, identity)
+        folder.hold()
         (path / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         folder._write_identity()
         return folder
@@ -90,7 +100,30 @@ class RunFolder:
             f"under {where}; check the experiment's name and checkpoint_dir"
         )
 
-    def check_resumable(self, config: PipelineConfig, data_fingerprint: str) -> None:
+    def hold(self) -> None:
+        """Keep other processes out of the folder until this one ends, however it ends.
+
+        Raises UserError if another process holds it.
+        """
+        self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is training this run; wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            # Mounted folders without locks, such as Drive.
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+
+    def release(self) -> None:
+        """Let other processes, or another runner of this one, have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def check_config(self, config: PipelineConfig) -> None:
         """Raise UserError, with the first difference, if the run would go on as another run."""
         was, now = flatten(read_yaml(self.path / CONFIG_FILE)), flatten(to_tree(config))
         for key in sorted({*was, *now}):
@@ -99,6 +132,14 @@ class RunFolder:
                     f"cannot resume {self.path}: {key} was {was.get(key)}, now {now.get(key)}; "
                     f"resume with the settings in {CONFIG_FILE} there, or begin another run"
                 )
+
+    def check_machine(self, data_fingerprint: str, device: str) -> None:
+        """Raise UserError if the data or the kind of device are not the run's."""
+        if self.identity.device != device:
+            raise UserError(
+                f"cannot resume {self.path}: it ran on {self.identity.device}, this is {device}; "
+                "resume there, or begin another run"
+            )
         if self.identity.data_fingerprint != data_fingerprint:
             raise UserError(
                 f"cannot resume {self.path}: the data have changed (fingerprint was "
@@ -113,7 +154,7 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first checkpoint."""
         if not any(self.path.glob("step_*")):
-            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE):
+            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -121,16 +162,23 @@ class RunFolder:
     def append_verdict(self, rows: Iterable[dict[str, Any]]) -> None:
         with (self.path / VERDICTS_FILE).open("a", encoding="utf-8") as stream:
             # The line break comes first, so that a line torn by a kill spoils no other.
-            stream.writelines("\n" + json.dumps(row) for row in rows)
+            stream.write("".join("\n" + json.dumps(row) for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
 
-    def read_verdicts(self) -> list[dict[str, Any]]:
-        """Return a row per gate decided so far; a line torn by a kill is left out."""
+    def read_verdicts(self, checkpoint_sha256: str | None = None) -> list[dict[str, Any]]:
+        """Return a row per gate decided so far, of one checkpoint where its hash is given.
+
+        A line torn by a kill is left out.
+        """
         path = self.path / VERDICTS_FILE
         rows = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
-        return rows
+        if checkpoint_sha256 is None:
+            return rows
+        return [row for row in rows if row["checkpoint_sha256"] == checkpoint_sha256]
 
     def _write_identity(self) -> None:
         temporary = self.path / f".{RUN_FILE}"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from svend.device import (
     describe_device,
     keep_freed_memory,
@@ -20,7 +22,7 @@ from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import Job, ModelFactory, build_model, prepare_job
-from svend.pipeline.record import record_verdicts, register_version
+from svend.pipeline.record import passed_levels, record_verdicts, register_version, undecided
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
@@ -42,7 +44,7 @@ from svend.pipeline.validation import (
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import (
     TrackedRun,
-    fail_joined_run,
+    end_joined_run,
     joined_experiment_name,
 )
 from svend.training.loop import StepMetrics, train_steps
@@ -128,10 +130,14 @@ class PipelineRunner:
             try:
                 config = _within_experiment(self.config).resolve()
                 folder = _folder_to_resume(config) if resume else None
-                tracked = self._track(config, folder)
+                # Not in the middle of a store's migration, nor before the run can be ended.
+                with signals.deferred():
+                    tracked = self._track(config, folder)
+                signals.raise_if_requested()
                 with self._console.status("preparing"):
                     job = self._job = prepare_job(
-                        config, tracked, folder, self.model_factory, self._console
+                        config, tracked, folder, self.model_factory, self.validator.gates,
+                        self._console,
                     )
                 show_plan(self._console, job.config, job.plan, job.corpus,
                           describe_device(job.device))
@@ -141,6 +147,12 @@ class PipelineRunner:
                     self._gate_full(job)
             except UserError as error:
                 status, reason = "FAILED", str(error)
+            except torch.OutOfMemoryError as error:
+                status = "FAILED"
+                reason = (
+                    f"out of memory on the device ({str(error).splitlines()[0][:160]}); lower "
+                    "training.batch_size or set training.gradient_checkpointing=true"
+                )
             except Interrupted as interruption:
                 status, reason = "KILLED", str(interruption)
             except BaseException as error:
@@ -149,10 +161,11 @@ class PipelineRunner:
             finally:
                 if self._job is not None:
                     self._job.folder.discard_if_empty()
+                    self._job.folder.release()
                 if tracked is not None:
                     tracked.end(status, reason)
                 elif reason is not None:
-                    fail_joined_run(reason)
+                    end_joined_run(status, reason)
         return PipelineResult(
             scale=self.config.training.model_scale,
             success=status == "FINISHED",
@@ -217,6 +230,8 @@ class PipelineRunner:
         """Read the pending steps from the device and log them; return last loss and tokens/s."""
         losses = [float(metrics.loss) for metrics in pending]
         norms = [float(metrics.gradient_norm) for metrics in pending]
+        finite_norms = [norm for norm in norms if math.isfinite(norm)]
+        job.last_finite_norm = finite_norms[-1] if finite_norms else job.last_finite_norm
         # After the reads, which wait for the device: the time is that of finished work.
         seconds = time.perf_counter() - pending[0].started_seconds
         tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
@@ -265,8 +280,10 @@ class PipelineRunner:
     def _evaluate_and_save(self, job: Job, metrics: StepMetrics) -> None:
         """Measure the weights, save them, and decide on what was saved."""
         measured = self._evaluate(job)
-        values = {"loss": measured.loss, "perplexity": measured.perplexity,
-                  "gradient_norm": float(metrics.gradient_norm)}
+        norm = float(metrics.gradient_norm)
+        if job.state.scaler is not None and not math.isfinite(norm):
+            norm = job.last_finite_norm  # fp16 scaling skipped the step, as it should
+        values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
         self._decide(job, self._save(job, values), measured)
 
     def _decide(self, job: Job, checkpoint: Checkpoint, measured: HeldoutLoss) -> None:
@@ -285,17 +302,28 @@ class PipelineRunner:
             },
             evidence,
         )
-        self._record(job, quick)
-        self._record(job, standard)
+        self._record(job, quick, standard)
 
     def _decide_if_undecided(self, job: Job) -> None:
-        """Decide on the checkpoint just loaded if the process was killed before it could."""
+        """Decide on the checkpoint just loaded if the process was killed before it could.
+
+        A gate that failed under strict validation still stands.
+        """
         checkpoint = next(
             c for c in job.manager.list_checkpoints() if c.step == job.state.step
         )
-        decided = {row["checkpoint_sha256"] for row in job.folder.read_verdicts()}
-        if checkpoint.metrics and checkpoint.weights_sha256 not in decided:
+        if not checkpoint.metrics:
+            return  # saved by an interruption, between evaluations
+        rows = job.folder.read_verdicts(checkpoint.weights_sha256)
+        if undecided(self.validator.gates, rows, (GateLevel.QUICK, GateLevel.STANDARD)):
             self._decide(job, checkpoint, self._evaluate(job))
+        elif self.validator.strict and GateLevel.STANDARD.value not in passed_levels(
+            self.validator.gates, rows
+        ):
+            raise GateFailure(
+                f"the checkpoint at step {checkpoint.step} failed its gate; begin another run, "
+                "with other settings or thresholds"
+            )
 
     def _save(self, job: Job, metrics: Mapping[str, float]) -> Checkpoint:
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
@@ -310,17 +338,20 @@ class PipelineRunner:
             c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
         )
 
-    def _record(self, job: Job, verdict: ValidationResult) -> None:
-        """Keep a verdict in the run folder and in MLflow; under strict, stop if it failed."""
-        job.folder.append_verdict(verdict.rows())
-        job.tracked.log_metrics(
-            {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
-             for result in verdict.gates},
-            job.state.step,
-        )
-        for warning in verdict.warnings:
-            self._console.print(f"warning: {verdict.level.name} gate {warning}")
-        if not verdict.passed:
+    def _record(self, job: Job, *verdicts: ValidationResult) -> None:
+        """Keep verdicts in the run folder and in MLflow; under strict, stop if one failed."""
+        job.folder.append_verdict([row for verdict in verdicts for row in verdict.rows()])
+        for verdict in verdicts:
+            job.tracked.log_metrics(
+                {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
+                 for result in verdict.gates},
+                job.state.step,
+            )
+            for warning in verdict.warnings:
+                self._console.print(f"warning: {verdict.level.name} gate {warning}")
+        for verdict in verdicts:
+            if verdict.passed:
+                continue
             line = f"{verdict.level.name} gate failed at step {job.state.step}: " + "; ".join(
                 verdict.failures
             )
@@ -369,12 +400,12 @@ class PipelineRunner:
             job.state.step,
         )
         best = job.manager.best()
-        rows = job.folder.read_verdicts()
         registered = None
         if best is not None:
-            rows = [row for row in rows if row["checkpoint_sha256"] == best.weights_sha256]
+            rows = job.folder.read_verdicts(best.weights_sha256)
             registered = register_version(
-                job.tracked, job.folder, job.config, job.corpus, best, rows
+                job.tracked, job.folder, job.config, job.model_name, job.corpus, best,
+                self.validator.gates, rows,
             )
             self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
         for level in (GateLevel.FULL, GateLevel.PRODUCTION):
@@ -398,6 +429,9 @@ def _within_experiment(config: PipelineConfig) -> PipelineConfig:
 
 def _folder_to_resume(config: PipelineConfig) -> RunFolder:
     training = config.training
-    return RunFolder.find_unfinished(
+    folder = RunFolder.find_unfinished(
         config.checkpoint_dir, training.experiment_name, training.model_scale.value
     )
+    folder.check_config(config)
+    folder.hold()
+    return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -18,7 +18,7 @@ from svend.errors import ConfigError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.pipeline.config import GatesConfig, Precision, ValidationGate
 
-__all__ = ["Evidence", "GateLevel", "GateResult", "Measurement", "PipelineValidator",
+__all__ = ["Evidence", "GateLevel", "GateResult", "Gates", "Measurement", "PipelineValidator",
            "ValidationGate", "ValidationResult"]
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -44,6 +44,7 @@ class Measurement:
 
 
 Metrics = Mapping[str, float | Measurement]
+Gates = Mapping[GateLevel, Sequence[ValidationGate]]
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ class PipelineValidator:
         self._gates[GateLevel.FULL] += list(custom_gates)
         for name, threshold in (thresholds or {}).items():
             self._set_threshold(name, threshold)
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of each level, custom ones and replaced thresholds included."""
+        return self._gates
 
     def decide(
         self,

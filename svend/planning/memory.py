@@ -49,12 +49,14 @@ def predict_memory(model: ModelConfig, training: TrainingConfig, process_bytes: 
     width = 4 if training.precision is Precision.FP32 else 2
     copies = 0 if training.precision is Precision.FP32 else width * matrices
     tokens = training.batch_size * length
+    # The mask between documents: as it is added to the scores, and two truth values to make it.
+    mask = tokens * length * (width + 2)
     return MemoryPlan(
         process=process_bytes,
         weights=FP32_BYTES * parameters + copies,
         gradients=FP32_BYTES * parameters,
         optimizer=2 * FP32_BYTES * parameters,
-        activations=tokens * _activation_bytes_per_token(model, training, width),
+        activations=tokens * _activation_bytes_per_token(model, training, width) + mask,
         head=_head_bytes(model, tokens, width),
     )
 

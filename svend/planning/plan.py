@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from svend.device import available_bytes, has_cpp_compiler
+from svend.device import available_bytes, can_compile
 from svend.errors import ResourceError
 from svend.pipeline.config import Compile, ModelConfig, PipelineConfig, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
@@ -65,9 +65,16 @@ def check_memory(
 
 
 def plan_run(
-    config: PipelineConfig, total_steps: int, memory: tuple[MemoryPlan, int], device: torch.device
+    config: PipelineConfig,
+    total_steps: int,
+    memory: tuple[MemoryPlan, int],
+    device: torch.device,
+    compiled: bool | None = None,
 ) -> RunPlan:
-    """Measure this machine for a second or two and return the plan of the run."""
+    """Measure this machine for a second or two and return the plan of the run.
+
+    `compiled` is what an earlier part of the run decided: a resumed run computes as it did.
+    """
     model, training = config.model, config.training
     length = training.data.max_seq_length
     assert model is not None and length is not None  # set by PipelineConfig.resolve
@@ -89,15 +96,18 @@ def plan_run(
         memory=memory[0],
         available_bytes=memory[1],
         seconds=seconds,
-        compile=_decide_compile(training, seconds, device),
+        compile=(
+            _decide_compile(training, seconds, device) if compiled is None else compiled
+        ),
     )
 
 
 def _decide_compile(training: TrainingConfig, seconds: float, device: torch.device) -> bool:
-    compilable = device.type == "cuda" or has_cpp_compiler()
+    compilable = can_compile(device)
     if training.compile is Compile.ON and not compilable:
         raise ResourceError(
-            "training.compile = on: no C++ compiler found; install g++, or set training.compile=off"
+            "training.compile = on: no compiler or no Python.h found; install g++ and Python's "
+            "headers, or set training.compile=off"
         )
     if training.compile is Compile.AUTO:
         return compilable and seconds > COMPILE_WORTH_SECONDS[device.type]

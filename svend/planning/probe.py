@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -40,7 +41,7 @@ def measure_micro_batch_seconds(
         x_BTD = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
         positions_BT = torch.arange(length).expand(batch, length)
         tables = rotary_tables(positions_BT, model.head_size, model.rope_theta)
-        mask_B1TT = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+        mask_B1TT = torch.full((batch, 1, length, length), -math.inf, dtype=dtype).triu(1)
         # Small, as a real head is: large logits underflow, and subnormal numbers are slow.
         head_VD = (0.02 * torch.randn(model.vocab_size, model.hidden_size)).requires_grad_()
         labels_N = torch.zeros(batch * length, dtype=torch.int64)

@@ -74,7 +74,14 @@ class TrackedRun:
         """
         _configure()
         client = MlflowClient()
-        info = client.get_run(run_id).info
+        try:
+            info = client.get_run(run_id).info
+        except MlflowException as error:
+            raise TrackingError(
+                f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
+                f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that "
+                "the run's run.json names"
+            ) from error
         attempt = os.environ.pop(RUN_ID, None)
         if attempt is not None:
             client.set_tag(attempt, "mlflow.parentRunId", run_id)
@@ -89,10 +96,6 @@ class TrackedRun:
     @property
     def experiment_id(self) -> str:
         return str(self._client.get_run(self.run_id).info.experiment_id)
-
-    @property
-    def experiment_name(self) -> str:
-        return str(self._client.get_experiment(self.experiment_id).name)
 
     @property
     def tracking_uri(self) -> str:
@@ -138,9 +141,6 @@ class TrackedRun:
 
     def log_text(self, text: str, artifact: str) -> None:
         self._client.log_text(self.run_id, text, artifact)
-
-    def log_file(self, path: Path, artifact_folder: str | None = None) -> None:
-        self._client.log_artifact(self.run_id, str(path), artifact_folder)
 
     def log_dataset(
         self, name: str, digest: str, context: str, place: str, tags: Mapping[str, str]
@@ -199,12 +199,15 @@ def check_tracking_store() -> str:
     return uri
 
 
-def fail_joined_run(reason: str) -> None:
-    """Mark the run that `mlflow run` made as FAILED, if there is one."""
+def end_joined_run(status: str, reason: str) -> None:
+    """End the run that `mlflow run` made, if there is one, as FAILED or KILLED."""
     if RUN_ID in os.environ:
+        run_id = os.environ[RUN_ID]
         client = MlflowClient()
-        client.set_tag(os.environ[RUN_ID], REASON_TAG, reason[:MAX_TAG_LENGTH])
-        client.set_terminated(os.environ[RUN_ID], "FAILED")
+        client.set_tag(run_id, REASON_TAG, reason[:MAX_TAG_LENGTH])
+        client.set_terminated(run_id, status)
+        if status == "KILLED":
+            keep_status(run_id, status)
 
 
 def environment_tags() -> dict[str, str]:

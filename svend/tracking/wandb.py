@@ -46,6 +46,7 @@ class WandbRun:
         try:
             # Both: a folder called wandb, such as W&B itself makes, passes for the package alone.
             import wandb
+            from pydantic import ValidationError
             from wandb.errors import Error
         except ImportError:
             raise TrackingError(
@@ -63,7 +64,9 @@ class WandbRun:
                 dir=folder, settings=_settings(),
             )
         except (Error, OSError) as error:
-            raise _unusable(" ".join(str(error).split())[:300]) from error
+            raise _unusable(f"the login or the server fails ({_line(error)})") from error
+        except ValidationError as error:
+            raise _unusable(f"a WANDB_ setting is wrong ({_line(error)})") from error
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         return cls(run)
@@ -71,6 +74,8 @@ class WandbRun:
     @property
     def place(self) -> str:
         """Where the run is to be seen: its address, or in offline mode its folder."""
+        if self._run.disabled:
+            return "nowhere, WANDB_MODE is disabled"
         url = None if self._run.offline else self._run.url
         return url or str(Path(self._run.dir).parent)
 
@@ -103,7 +108,11 @@ def _settings() -> wandb.Settings:
     return settings
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def _unusable(what: str) -> TrackingError:
     return TrackingError(
-        f"W&B: {what.rstrip('.')}; or set WANDB_MODE=offline, or training.use_wandb=false"
+        f"W&B: {what}; or set WANDB_MODE=offline, or training.use_wandb=false"
     )

@@ -82,11 +82,15 @@ def _update(state: TrainState, max_grad_norm: float) -> Tensor:
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     gradient_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+    stepped = True
     if state.scaler is not None:
+        scale = state.scaler.get_scale()
         state.scaler.step(state.optimizer)
         state.scaler.update()
+        stepped = state.scaler.get_scale() >= scale  # lowered where the step was skipped
     else:
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.scheduler.step()
+    if stepped:
+        state.scheduler.step()
     return gradient_norm
