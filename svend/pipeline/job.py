@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.record import record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
@@ -61,6 +63,10 @@ def prepare_job(
     """Check everything that can be checked before step 1, and build what the run needs."""
     training, model_config = config.training, config.model
     assert model_config is not None  # set by PipelineConfig.resolve
+    if training.use_wandb:
+        folder_of_runs = Path(config.checkpoint_dir).expanduser()
+        place = tracked.mirror_to_wandb(training.wandb_project, to_tree(config), folder_of_runs)
+        console.print(f"W&B: {place}", soft_wrap=True)
     keep_freed_memory()
     device = resolve_device(training.device)
     check_precision(training.precision, device)

@@ -163,7 +163,9 @@ class PipelineRunner:
                     self._job.folder.discard_if_empty()
                     self._job.folder.release()
                 if tracked is not None:
-                    tracked.end(status, reason)
+                    unsent = tracked.end(status, reason)
+                    if unsent is not None:
+                        self._console.print(unsent, soft_wrap=True)
                 elif reason is not None:
                     end_joined_run(status, reason)
         return PipelineResult(

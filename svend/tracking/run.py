@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from svend import __version__
 from svend.errors import TrackingError
 from svend.tracking.keep_status import keep_status
+from svend.tracking.wandb import WandbRun
 
 RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
 DEFAULT_EXPERIMENT, DEFAULT_EXPERIMENT_ID = "Default", "0"
@@ -44,6 +45,7 @@ class TrackedRun:
         self._client = MlflowClient()
         self._pending: list[Metric] = []
         self._sent_seconds = time.monotonic()
+        self._mirror: WandbRun | None = None
 
     @classmethod
     def begin(cls, experiment_name: str, run_name: str) -> TrackedRun:
@@ -126,11 +128,19 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Queue metrics of a step; they are sent at least every few seconds of logging."""
+        if self._mirror is not None:
+            self._mirror.log_metrics(metrics, step)
         now_milliseconds = int(time.time() * 1000)
         self._pending += [Metric(k, v, now_milliseconds, step) for k, v in metrics.items()]
         elapsed = time.monotonic() - self._sent_seconds
         if len(self._pending) >= BATCH_METRICS or elapsed > FLUSH_SECONDS:
             self.flush()
+
+    def mirror_to_wandb(self, project: str, config: Mapping[str, Any], folder: Path) -> str:
+        """Send metrics to W&B too, under the same run id; return where to look."""
+        name = str(self._client.get_run(self.run_id).info.run_name)
+        self._mirror = WandbRun.begin(project, name, self.run_id, config, folder)
+        return self._mirror.place
 
     def flush(self) -> None:
         """Send what is queued."""
@@ -153,8 +163,11 @@ class TrackedRun:
             [DatasetInput(dataset, [InputTag(key, value) for key, value in labels.items()])],
         )
 
-    def end(self, status: str, reason: str | None) -> None:
-        """End the run as FINISHED, FAILED or KILLED, with the reason as a tag."""
+    def end(self, status: str, reason: str | None) -> str | None:
+        """End the run as FINISHED, FAILED or KILLED, with the reason as a tag.
+
+        Returns a line for the user if W&B did not take everything.
+        """
         try:
             self.flush()
             if reason is not None:
@@ -163,6 +176,7 @@ class TrackedRun:
             mlflow.end_run(status)
             if status == "KILLED" and self._started_by_mlflow_run:
                 keep_status(self.run_id, status)
+        return None if self._mirror is None else self._mirror.end(int(status != "FINISHED"))
 
 
 def joined_experiment_name() -> str | None:
