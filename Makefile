@@ -8,7 +8,7 @@ run: .venv/installed
 	mlflow run . --env-manager local -P scale=tiny
 
 test: .venv/installed
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: .venv/installed
 	python -m pytest -m slow
