@@ -205,3 +205,37 @@ def test_without_login_or_server_one_line_names_offline_mode(
     line = refusal(log_run(tmp_path, [], environment=environment))
     assert says in line
     assert "WANDB_MODE=offline" in line
+
+
+DIE = """
+import os, pathlib, signal, sys
+from svend.errors import TrackingError
+from svend.tracking.wandb import WandbRun
+
+run = WandbRun.begin("svend", "tiny-default", "1" * 32, {}, pathlib.Path.cwd())
+processes = [p for p in pathlib.Path("/proc").glob("[0-9]*/stat")
+             if p.read_text().split("(")[1].startswith("wandb-core)")
+             and p.read_text().rsplit(")")[-1].split()[1] == str(os.getpid())]
+for process in processes:
+    os.kill(int(process.parent.name), signal.SIGKILL)
+try:
+    for step in range(1_000_000):
+        run.log_metrics({"train/loss": 1.0}, step)
+except TrackingError as error:
+    print(error)
+print(run.end(1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
+def test_the_death_of_wandbs_own_process_is_told_in_a_line(tmp_path: Path) -> None:
+    pytest.importorskip("wandb.errors")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", DIE], cwd=tmp_path, text=True, check=False, timeout=60,
+        capture_output=True, stdin=subprocess.DEVNULL,
+        env={**inherited, **OFFLINE, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )
+    died, unsent = done.stdout.splitlines()
+    assert "wandb-core has died" in died
+    assert "wandb sync" in unsent

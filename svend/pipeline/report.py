@@ -214,7 +214,9 @@ def show_next_steps(
     """Print where everything is and the next command to type."""
     local = not tracking_uri.startswith(("http://", "https://"))
     address = "http://127.0.0.1:5000" if local else tracking_uri.rstrip("/")
-    url = f"{address}/#/experiments/{experiment_id}/runs/{run_id}"
+    # MLflow opens with its pages for GenAI applications otherwise.
+    view = "workflowType=machine_learning"
+    url = f"{address}/#/experiments/{experiment_id}/runs/{run_id}?{view}"
     lines = [("checkpoints", str(folder.absolute()))]
     if registered is not None:
         stages = ", ".join(f"@{alias}" for alias in registered.aliases) or "no level passed"

@@ -26,7 +26,6 @@ from svend.tracking.wandb import WandbRun
 RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
 DEFAULT_EXPERIMENT, DEFAULT_EXPERIMENT_ID = "Default", "0"
 REASON_TAG = "svend.reason"
-EXPERIMENT_KIND_TAG = "mlflow.experimentKind"  # read by the UI alone
 MAX_TAG_LENGTH = 5000
 # MLflow's limit on metrics in one request.
 BATCH_METRICS = 1000
@@ -63,7 +62,6 @@ class TrackedRun:
                 "check MLFLOW_TRACKING_URI and that the server is up"
             ) from error
         run = cls(active.info.run_id, started_by_mlflow_run=joined)
-        run.show_as_model_training()
         if joined and GENERATED_NAME.fullmatch(active.info.run_name or ""):
             run.set_tags({"mlflow.runName": run_name})
         return run
@@ -102,14 +100,6 @@ class TrackedRun:
     @property
     def tracking_uri(self) -> str:
         return str(mlflow.get_tracking_uri())
-
-    def show_as_model_training(self) -> None:
-        """Open the experiment in the UI with training charts, not traces, unless it has a kind."""
-        tags = self._client.get_experiment(self.experiment_id).tags
-        if EXPERIMENT_KIND_TAG not in tags:
-            self._client.set_experiment_tag(
-                self.experiment_id, EXPERIMENT_KIND_TAG, "custom_model_development"
-            )
 
     def last_step(self, metric: str) -> int:
         """Return the last step at which a metric was logged, 0 if never."""

@@ -80,17 +80,29 @@ class WandbRun:
         return url or str(Path(self._run.dir).parent)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics of an optimizer step; one step may come in several calls, in any order."""
-        self._run.log({**metrics, STEP: step})
+        """Log metrics of an optimizer step; one step may come in several calls, in any order.
+
+        Raises TrackingError if W&B's own process has died.
+        """
+        try:
+            self._run.log({**metrics, STEP: step})
+        except ConnectionError as error:
+            raise TrackingError(
+                f"W&B: its process wandb-core has died ({error}), see {self.place}; "
+                "resume the run, or set training.use_wandb=false"
+            ) from error
 
     def end(self, exit_code: int) -> str | None:
         """End the run, as failed unless the code is 0, and wait for the upload.
 
-        Returns a line that says what to do if the upload was not finished in time.
+        Returns a line that says what to do if not everything was uploaded, for want of time or
+        because W&B's own process has died.
         """
+        from wandb.sdk.mailbox import HandleAbandonedError
+
         try:
             self._run.finish(exit_code=exit_code)
-        except TimeoutError:
+        except (TimeoutError, ConnectionError, HandleAbandonedError):
             folder = Path(self._run.dir).parent
             return f"W&B: not everything was uploaded; run `wandb sync {folder}`"
         return None
