@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -55,13 +56,18 @@ def log_run(
 ) -> subprocess.CompletedProcess[str]:
     """Log calls as one run, in a process that has of W&B's variables only those given."""
     arguments = ["svend", "tiny-default", RUN_ID, CONFIG, calls, str(folder), exit_code]
+    words = [*options, "-c", before + LOG, json.dumps(arguments)]
+    return run_python(folder, words, environment or {})
+
+
+def run_python(
+    folder: Path, words: list[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     return subprocess.run(
-        [sys.executable, *options, "-c", before + LOG, json.dumps(arguments)],
-        cwd=folder, text=True, check=False, timeout=60, capture_output=True,
-        stdin=subprocess.DEVNULL,
-        env={**inherited, "HOME": str(folder), "PYTHONPATH": str(ROOT),
-             **(environment or {})},
+        [sys.executable, *words], cwd=folder, text=True, check=False, timeout=60,
+        capture_output=True, stdin=subprocess.DEVNULL,
+        env={**inherited, "HOME": str(folder), "PYTHONPATH": str(ROOT), **environment},
     )
 
 
@@ -230,12 +236,27 @@ print(run.end(1))
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
 def test_the_death_of_wandbs_own_process_is_told_in_a_line(tmp_path: Path) -> None:
     pytest.importorskip("wandb.errors")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-c", DIE], cwd=tmp_path, text=True, check=False, timeout=60,
-        capture_output=True, stdin=subprocess.DEVNULL,
-        env={**inherited, **OFFLINE, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )
+    done = run_python(tmp_path, ["-c", DIE], OFFLINE)
     died, unsent = done.stdout.splitlines()
     assert "wandb-core has died" in died
     assert "wandb sync" in unsent
+
+
+KILLED = """
+import os, pathlib, signal, time
+from svend.tracking.wandb import WRITE_SECONDS, WandbRun
+
+run = WandbRun.begin("svend", "tiny-default", "2" * 32, {}, pathlib.Path.cwd())
+for step in range(100):
+    run.log_metrics({"train/loss": 1 / (step + 1)}, step)
+time.sleep(2 * WRITE_SECONDS)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_loses_no_rows_but_those_of_the_last_moment(tmp_path: Path) -> None:
+    pytest.importorskip("wandb.errors")
+    assert run_python(tmp_path, ["-c", KILLED], OFFLINE).returncode == -signal.SIGKILL
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    run = OfflineRun.read(folder)
+    assert run.calls == [(step, {"train/loss": 1 / (step + 1)}) for step in range(100)]

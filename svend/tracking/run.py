@@ -118,10 +118,10 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Queue metrics of a step; they are sent at least every few seconds of logging."""
-        if self._mirror is not None:
-            self._mirror.log_metrics(metrics, step)
         now_milliseconds = int(time.time() * 1000)
         self._pending += [Metric(k, v, now_milliseconds, step) for k, v in metrics.items()]
+        if self._mirror is not None:
+            self._mirror.log_metrics(metrics, step)
         elapsed = time.monotonic() - self._sent_seconds
         if len(self._pending) >= BATCH_METRICS or elapsed > FLUSH_SECONDS:
             self.flush()
@@ -166,7 +166,10 @@ class TrackedRun:
             mlflow.end_run(status)
             if status == "KILLED" and self._started_by_mlflow_run:
                 keep_status(self.run_id, status)
-        return None if self._mirror is None else self._mirror.end(int(status != "FINISHED"))
+            unsent = None
+            if self._mirror is not None:
+                unsent = self._mirror.end(int(status != "FINISHED"))
+        return unsent
 
 
 def joined_experiment_name() -> str | None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 STEP = "step"
 # W&B's default is to wait for its server for ever, with the run done and nothing on the screen.
 FINISH_SECONDS = 300.0
+# A kill loses what W&B has not yet written to its file; its default is 15 seconds of rows.
+WRITE_SECONDS = 1.0
 LOCAL_MODES = ("offline", "dryrun", "disabled")
 
 
@@ -113,7 +115,8 @@ def _settings() -> wandb.Settings:
     import wandb
 
     settings = wandb.Settings(
-        silent=True, console="off", reinit="create_new", finish_timeout_raises=True
+        silent=True, console="off", reinit="create_new", finish_timeout_raises=True,
+        x_transaction_log_flush_interval=WRITE_SECONDS,
     )
     if "WANDB_FINISH_TIMEOUT" not in os.environ:
         settings.finish_timeout = FINISH_SECONDS
