@@ -761,7 +761,9 @@ def test_a_batch_holds_whole_documents_and_numbers_them(embedded_corpus: Corpus)
             seen[embedded_corpus.tokenizer.decode(ids)] += 1
     assert seen <= train
     assert sum(seen.values()) == len(sequences.mixed_documents)
-    assert int((batch.documents_BT >= 0).sum()) == sequences.tokens_per_epoch
+    assert int((batch.documents_BT >= 0).sum()) == int(
+        embedded_corpus.train.lengths[sequences.mixed_documents].sum()
+    )
 
 
 @settings(max_examples=25, deadline=None)

@@ -27,6 +27,7 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
+        """Tokens in all rows, padding not counted."""
         return int(self.lengths.sum())
 
 

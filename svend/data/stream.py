@@ -65,10 +65,6 @@ class PackedSequences:
         """Sequences in one epoch."""
         return len(self._rows)
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        return self._rows.tokens
-
     def batch(self, first: int, size: int) -> Batch:
         """Return sequences first .. first + size - 1 of the endless order over epochs."""
         tokens_BT = np.zeros((size, self._length), dtype=np.int64)

@@ -172,7 +172,7 @@ def _copy_file(source: Path, target: Path, sha256: str) -> None:
 
 
 def writing_place(place: Path, writer: str | None = None) -> Path:
-    """Return the hidden folder in which a writer, or this process, prepares what goes to `place`."""
+    """Return the hidden folder of a writer, or of this process, for what goes to `place`."""
     return place.with_name(f".writing-{place.name}-{writer or os.getpid()}")
 
 
@@ -210,10 +210,10 @@ def has_dead_writer(writing: Path) -> bool:
     return process.isdecimal() and not psutil.pid_exists(int(process))
 
 
-def remove_checkpoints(checkpoints: Iterable[Checkpoint]) -> None:
+def remove_checkpoints(checkpoints: Iterable[Checkpoint], writer: str | None = None) -> None:
     """Remove checkpoints so that a kill never leaves a half-deleted one in sight."""
     for checkpoint in checkpoints:
-        doomed = writing_place(checkpoint.path)
+        doomed = writing_place(checkpoint.path, writer)
         checkpoint.path.rename(doomed)
         shutil.rmtree(doomed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -35,7 +34,7 @@ from svend.pipeline.checkpoint_files import (
     write_state,
     writing_place,
 )
-from svend.pipeline.drive_copier import DriveCopier, reach_drive
+from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, reach_drive
 
 __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
            "Stateful", "verify"]
@@ -254,10 +253,10 @@ class DriveCheckpointManager(CheckpointManager):
         Without a `local_cache`, each `drive_path` has its own under ~/.cache/svend.
         """
         self.drive_path = Path(drive_path).expanduser().absolute()
-        cache = Path(local_cache).expanduser() if local_cache else _own_cache(self.drive_path)
+        cache = Path(local_cache).expanduser() if local_cache else own_cache(self.drive_path)
         super().__init__(cache, save_total_limit, best_metric, best_metric_mode)
         reach_drive(self.drive_path)
-        _claim_cache(cache, self.drive_path)
+        claim_cache(cache, self.drive_path)
         self._copier = DriveCopier(cache, self.drive_path, self._worth_keeping)
         self._copy_what_is_missing()
 
@@ -354,24 +353,3 @@ class DriveCheckpointManager(CheckpointManager):
             fetched = checkpoint
         self._copier.note_verified(checkpoint.checkpoint_id)
         return fetched
-
-
-def _own_cache(drive_path: Path) -> Path:
-    place = hashlib.sha256(str(drive_path).encode()).hexdigest()[:8]
-    return Path.home() / ".cache" / "svend" / "checkpoints" / f"{drive_path.name}-{place}"
-
-
-def _claim_cache(cache: Path, drive_path: Path) -> None:
-    """Keep two runs from taking each other's checkpoints for their own."""
-    claim = cache / ".drive_path"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        owner = claim.read_text(encoding="utf-8") if claim.exists() else None
-        if owner is None:
-            write_bytes(claim, str(drive_path).encode())
-    except OSError as error:
-        raise CheckpointError(
-            f"{cache}: cannot be written ({reason_of(error)}); choose another local_cache"
-        ) from error
-    if owner and owner != str(drive_path):
-        raise CheckpointError(f"{cache}: is the cache of {owner}; choose another local_cache")

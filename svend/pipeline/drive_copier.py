@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import hashlib
 import importlib
 import itertools
 import logging
@@ -25,6 +26,7 @@ from svend.pipeline.checkpoint_files import (
     reason_of,
     remove_checkpoints,
     remove_leftovers,
+    write_bytes,
 )
 
 MOUNT_POINT = Path("/content/drive")  # where Colab's notebooks have Google Drive
@@ -75,6 +77,28 @@ def _mount(drive_path: Path) -> None:
             f"{MOUNT_POINT}: Google Drive cannot be mounted ({reason_of(error)}); run "
             f"google.colab.drive.mount('{MOUNT_POINT}') in a notebook cell first"
         ) from error
+
+
+def own_cache(drive_path: Path) -> Path:
+    """Return the cache that belongs to a drive's folder and to no other."""
+    place = hashlib.sha256(str(drive_path).encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "svend" / "checkpoints" / f"{drive_path.name}-{place}"
+
+
+def claim_cache(cache: Path, drive_path: Path) -> None:
+    """Keep two runs from taking each other's checkpoints for their own."""
+    claim = cache / ".drive_path"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        owner = claim.read_text(encoding="utf-8") if claim.exists() else None
+        if owner is None:
+            write_bytes(claim, str(drive_path).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: cannot be written ({reason_of(error)}); choose another local_cache"
+        ) from error
+    if owner and owner != str(drive_path):
+        raise CheckpointError(f"{cache}: is the cache of {owner}; choose another local_cache")
 
 
 class DriveCopier:
@@ -142,9 +166,12 @@ class DriveCopier:
 
     def look(self) -> list[str]:
         """Read what is on the drive; return what is said of what is no checkpoint."""
-        self.on_drive = []
-        self._check_drive()
-        self.on_drive, complaints = read_folder(self._drive)
+        try:
+            self._check_drive()
+            self.on_drive, complaints = read_folder(self._drive)
+        except OSError:
+            self.on_drive = []
+            raise
         return complaints
 
     def flush(self, timeout_seconds: float) -> bool:
@@ -264,7 +291,7 @@ class DriveCopier:
         kept |= set(sorted(self._verified & {c.checkpoint_id for c in complete})[-1:])
         superfluous = [c for c in complete if c.checkpoint_id not in kept]
         if superfluous:
-            remove_checkpoints(superfluous)
+            remove_checkpoints(superfluous, self._writer)
             self.look()
 
     def _check_drive(self) -> None:

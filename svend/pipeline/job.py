@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from svend.data.corpus import Corpus, build_corpus
+from svend.data.corpus import Corpus, build_corpus, kind_tokens
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import check_precision, describe_device, keep_freed_memory, resolve_device
 from svend.models.config import TransformerConfig
@@ -37,6 +37,7 @@ class Job:
     config: PipelineConfig
     device: torch.device
     corpus: Corpus
+    mix: Mapping[str, int]
     heldout: PackedSequences
     plan: RunPlan
     state: TrainState
@@ -98,9 +99,10 @@ def prepare_job(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
             training.model_scale.value, corpus.fingerprint, device.type, plan.compile,
         ))
+    mix = kind_tokens(corpus.train, sequences.mixed_documents)
     manager = CheckpointManager(folder.path, training.save_total_limit)
     job = Job(
-        config, device, corpus, heldout, plan, state, _model_name(config, model, model_factory),
+        config, device, corpus, mix, heldout, plan, state, _model_name(config, model, model_factory),
         tracked, folder, manager,
         started_seconds=time.monotonic(),
     )

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,9 +33,14 @@ def make_console() -> Console:
 
 
 def show_plan(
-    console: Console, config: PipelineConfig, plan: RunPlan, corpus: Corpus, device: str
+    console: Console,
+    config: PipelineConfig,
+    plan: RunPlan,
+    corpus: Corpus,
+    mix: Mapping[str, int],
+    device: str,
 ) -> None:
-    """Print what the run will do and cost, before it does."""
+    """Print what the run will do and cost, before it does; `mix` are tokens by kind."""
     model, training = config.model, config.training
     assert model is not None  # set by PipelineConfig.resolve
     data, memory = training.data, plan.memory
@@ -52,6 +57,10 @@ def show_plan(
         f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents, "
         f"tokenizer of {corpus.tokenizer.size:,} entries ({corpus.tokenizer.origin})",
     )
+    shares = ", ".join(f"{kind} {n / sum(mix.values()):.0%}" for kind, n in mix.items())
+    leaked = sum(count.leaked_documents for count in corpus.counts)
+    dropped = f"; {leaked:,} train documents dropped, held out elsewhere" if leaked else ""
+    table.add_row("", f"by tokens {shares}{dropped}")
     table.add_row(
         "steps",
         f"{plan.total_steps:,} of {plan.tokens_per_step:,} tokens "

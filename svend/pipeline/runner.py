@@ -139,7 +139,7 @@ class PipelineRunner:
                         config, tracked, folder, self.model_factory, self.validator.gates,
                         self._console,
                     )
-                show_plan(self._console, job.config, job.plan, job.corpus,
+                show_plan(self._console, job.config, job.plan, job.corpus, job.mix,
                           describe_device(job.device))
                 self._train(job, signals)
                 registered = self._finish(job)
@@ -414,6 +414,9 @@ class PipelineRunner:
             gates = getattr(job.config.gates, level.value)
             needed = ", ".join(gate.metric_name for gate in gates)
             self._console.print(f"{level.value}: not decided; needs {needed}, not measured here")
+        if job.config.eval_benchmarks:
+            asked = ", ".join(job.config.eval_benchmarks)
+            self._console.print(f"eval_benchmarks {asked}: not measured; no benchmark exists yet")
         show_measured(self._console, job.plan, measured_gb, measured_seconds)
         job.folder.mark_finished()
         show_next_steps(
