@@ -13,6 +13,7 @@ class TransformerConfig:
 
     What is left at None follows from the hidden size: heads of 64, a quarter as many key/value
     heads where that divides, a feed-forward width of 8/3 rounded up to a multiple of 64.
+    `tool_calling` says that the model is meant to be offered tools; it changes no weight.
     """
 
     name: str
@@ -27,6 +28,7 @@ class TransformerConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    tool_calling: bool = False
 
     def __post_init__(self) -> None:
         self.heads = self.num_attention_heads or max(1, self.hidden_size // 64)

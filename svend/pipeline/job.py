@@ -102,8 +102,8 @@ def prepare_job(
     mix = kind_tokens(corpus.train, sequences.mixed_documents)
     manager = CheckpointManager(folder.path, training.save_total_limit)
     job = Job(
-        config, device, corpus, mix, heldout, plan, state, _model_name(config, model, model_factory),
-        tracked, folder, manager,
+        config, device, corpus, mix, heldout, plan, state,
+        _model_name(config, model, model_factory), tracked, folder, manager,
         started_seconds=time.monotonic(),
     )
     if manager.list_checkpoints():

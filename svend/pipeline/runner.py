@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -63,6 +64,9 @@ class PipelineResult:
     run_id: str | None = None
     checkpoint_dir: Path | None = None
     registered: RegisteredVersion | None = None
+
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineRunner:
@@ -239,6 +243,10 @@ class PipelineRunner:
         tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
         flops_per_second = tokens_per_second * job.plan.flops_per_token
         for metrics, loss, norm in zip(pending, losses, norms, strict=True):
+            logger.debug(
+                "step %d: loss %.4f, gradient norm %.3f, learning rate %.3g, %d tokens",
+                metrics.step, loss, norm, metrics.learning_rate, metrics.tokens,
+            )
             if metrics.step <= job.logged_step:
                 continue
             job.tracked.log_metrics(
@@ -344,6 +352,7 @@ class PipelineRunner:
         """Keep verdicts in the run folder and in MLflow; under strict, stop if one failed."""
         job.folder.append_verdict([row for verdict in verdicts for row in verdict.rows()])
         for verdict in verdicts:
+            logger.debug("%s", verdict.summary())
             job.tracked.log_metrics(
                 {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
                  for result in verdict.gates},
