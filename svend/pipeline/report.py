@@ -101,8 +101,7 @@ class TrainingProgress:
         self._line_shown = self._started
         self._status = ""
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
             _StatusColumn(self),
             console=console,
@@ -147,18 +146,17 @@ class _StatusColumn(ProgressColumn):
         self._progress = progress
 
     def render(self, task: Task) -> Text:  # noqa: ARG002
-        return Text(self._progress.status)
+        return Text(self._progress.status, no_wrap=True)
 
 
 def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
     """Return gate decisions as a table."""
     table = Table(title=title, title_justify="left")
     for name in ("level", "gate", "verdict"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("value", "95% interval", "n"):
         table.add_column(name, justify="right")
-    for name in ("must be", "step"):
-        table.add_column(name)
+    table.add_column("must be", no_wrap=True)
     for row in rows:
         if row["passed"]:
             verdict = Text("pass", style="green")
@@ -171,8 +169,7 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
             _value_text(row),
             _interval_text(row),
             "" if row["sample_size"] is None else f"{row['sample_size']:,}",
-            f"{row['metric']} {row['comparison']} {row['threshold']:g}",
-            str(row["step"]),
+            f"{row['comparison']} {row['threshold']:g}",
         )
     return table
 
