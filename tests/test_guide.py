@@ -44,7 +44,7 @@ def small_model(scale):
     from svend.models.config import TransformerConfig
     from svend.models.transformer import ReasoningTransformer
     return ReasoningTransformer(TransformerConfig(
-        name=f"small-{scale.value}", hidden_size=64, num_hidden_layers=2))
+        name=f"small-{scale.value}", hidden_size=64, num_hidden_layers=2, vocab_size=4096))
 """
 
 SMALL_MODEL_AND_OPTIMIZER = """
