@@ -24,7 +24,7 @@ from svend.data.corpus import KINDS, Corpus, TokenArray, build_corpus, kind_toke
 from svend.data.documents import Document, Role, conversation
 from svend.data.embedded import general_documents, reasoning_documents, tool_use_documents
 from svend.data.packing import pack_rows
-from svend.data.sources import locate_sources
+from svend.data.sources import locate_sources, mix_of
 from svend.data.stream import BatchStream, PackedSequences, mix_documents
 from svend.data.tokenizer import (
     CONTROL_TOKENS,
@@ -592,6 +592,17 @@ def test_a_recipe_that_cannot_be_made_is_refused_by_key(
     assert names in message
 
 
+def test_the_default_mix_gives_way_to_the_kinds_of_other_sources() -> None:
+    default = DataConfig()
+    assert mix_of(default) == default.mix_ratios
+    assert mix_of(DataConfig(sources=["slimorca"])) == {"general": 1.0}
+    ratios = default.mix_ratios
+    both = ratios["reasoning"] + ratios["general"]
+    assert mix_of(DataConfig(sources=["slimorca", "gsm8k"])) == {
+        "reasoning": ratios["reasoning"] / both, "general": ratios["general"] / both,
+    }
+
+
 def test_a_tokenizer_that_is_missing_or_damaged_is_refused_by_key_and_name(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", questions(30))
     (tmp_path / "damaged.json").write_text("{}", encoding="utf-8")
@@ -717,8 +728,8 @@ def test_a_mix_is_random_by_its_seed(embedded_corpus: Corpus) -> None:
 
 def test_a_kind_without_documents_is_refused(embedded_corpus: Corpus) -> None:
     part = embedded_corpus.train
-    empty = TokenArray(part.tokens, part.offsets, np.zeros_like(part.kinds))
-    with pytest.raises(DataError, match="tool_use"):
+    empty = TokenArray("train", part.tokens, part.offsets, np.zeros_like(part.kinds))
+    with pytest.raises(DataError, match="'tool_use' in the train part"):
         mix_documents(empty, {"reasoning": 0.5, "tool_use": 0.5}, 0)
 
 

@@ -128,7 +128,7 @@ FACTS: dict[str, dict[str, str]] = {
     "given/troubleshooting/loss-not-decreasing": {"rate": "training.learning_rate"},
     "given/troubleshooting/validation-failing": {
         "gate": "[g.threshold for g in PipelineRunner(config).validator"
-                "._gates[__import__('svend').pipeline.validation.GateLevel.FULL]"
+                ".gates[__import__('svend').pipeline.validation.GateLevel.FULL]"
                 " if g.name == 'min_accuracy']",
         "strict": "PipelineRunner(config).validator.strict",
     },

@@ -45,6 +45,8 @@ def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(
     [
         (("--data", "gsm8k", "--data.path", "nowhere"), "data", "nowhere: no such file",
          {"tokenizer", "forward and backward", "overfits one batch", "checkpoint"}),
+        (("--data.num_samples", "60"), "data", "in the heldout part; raise training.data",
+         {"tokenizer", "forward and backward", "overfits one batch", "checkpoint"}),
         (("--training.learning_rate", "1e-12"), "overfits one batch",
          "check training.learning_rate", set()),
         (("--checkpoint_dir", "taken/deeper"), "checkpoint", "choose another", set()),
@@ -52,7 +54,7 @@ def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(
          "choose a smaller scale",
          {"forward and backward", "overfits one batch", "checkpoint"}),
     ],
-    ids=["data", "overfit", "checkpoint_dir", "memory"],
+    ids=["data", "heldout", "overfit", "checkpoint_dir", "memory"],
 )
 def test_a_failed_check_names_the_remedy_and_what_builds_on_it_is_not_run(
     workplace: Workplace, options: tuple[str, ...], check: str, remedy: str, not_run: set[str]

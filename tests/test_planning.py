@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from svend.pipeline.config import (
     TrainingConfig,
     get_model_config,
 )
+from svend.pipeline.job import planned_model
 from svend.planning import plan as plan_module
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import predict_memory
@@ -109,6 +111,27 @@ def test_fp32_weights_gradients_and_moments_are_sixteen_bytes_a_parameter(
     memory = predict_memory(model, make_training(), 0)
     state = memory.weights + memory.gradients + memory.optimizer
     assert state == 16 * model.num_parameters()
+
+
+class Bigrams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32768, 256)
+        self.head = nn.Linear(256, 32768)
+
+
+def test_the_model_of_a_factory_is_planned_as_what_it_is() -> None:
+    config = PipelineConfig(training=make_training(model_scale=ModelScale.XXL)).resolve()
+    own = TransformerConfig(name="own", hidden_size=64, num_hidden_layers=2)
+    planned = planned_model(config, lambda scale: ReasoningTransformer(own))
+    assert planned.name == "own"
+    assert planned.num_parameters() == sum(
+        p.numel() for p in ReasoningTransformer(own).parameters()
+    )
+    other = planned_model(config, lambda scale: Bigrams())
+    parameters = sum(p.numel() for p in Bigrams().parameters())
+    assert other.num_parameters() == pytest.approx(parameters, rel=0.2)
+    assert planned_model(config, None) == config.model
 
 
 @settings(max_examples=40, deadline=None)
@@ -203,7 +226,7 @@ def plan_of(
         compile=compile_, heldout_sequences=1, save_steps=100, **changes
     )
     memory = predict_memory(model, training, 0), 10**9
-    return plan_run(PipelineConfig(model=model, training=training), 100, memory, CPU)
+    return plan_run(training, model, 100, memory, CPU)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -147,14 +148,20 @@ def test_a_run_killed_and_resumed_equals_the_one_that_never_was(
     workplace: Workplace, finished: tuple[Run, str], shared_workplace: Workplace
 ) -> None:
     whole, _ = finished
-    # Other folders, and not through `mlflow run`: neither may change what is computed.
-    process = workplace.start(workplace.train_command())
+    # Other folders, a cache before them, and not through `mlflow run`: none may change what is
+    # computed. The cache is lost with its machine; what had arrived is enough.
+    cache = workplace.folder / "local"
+    process = workplace.start(workplace.train_command(checkpoint_cache_dir=str(cache)))
     wait_for_checkpoint(workplace, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     killed = only_run(workplace, "svend")
     assert killed.info.status == "RUNNING"
-    resumed = workplace.run(workplace.train_command("--resume"))
+    assert list(cache.glob("svend-*/step_*"))
+    shutil.rmtree(cache)
+    resumed = workplace.run(
+        workplace.train_command("--resume", checkpoint_cache_dir=str(cache))
+    )
     assert resumed.returncode == 0, resumed.stdout
     again = only_run(workplace, "svend")
     assert (again.info.run_id, again.info.status) == (killed.info.run_id, "FINISHED")

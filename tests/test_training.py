@@ -58,6 +58,7 @@ def make_sequences(documents: int = 60, longest: int = 20) -> PackedSequences:
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, longest + 1, documents)
     part = TokenArray(
+        name="train",
         tokens=generator.integers(0, VOCAB, lengths.sum()).astype(np.uint16),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         kinds=np.full(documents, KINDS.index(Kind.GENERAL), dtype=np.uint8),

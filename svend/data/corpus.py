@@ -42,6 +42,7 @@ Divided = tuple[list[Document], list[Document]]  # train, held out
 class TokenArray:
     """One part of a corpus: all tokens in a row, and where each document lies and what it is."""
 
+    name: str
     tokens: npt.NDArray[np.uint16]
     offsets: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.uint8]
@@ -290,6 +291,7 @@ def _read_corpus(cache: Path) -> Corpus:
 
 def _read_part(cache: Path, name: str) -> TokenArray:
     return TokenArray(
+        name=name,
         tokens=np.memmap(cache / f"{name}.tokens", dtype=np.uint16, mode="r"),
         offsets=np.load(cache / f"{name}.offsets.npy"),
         kinds=np.load(cache / f"{name}.kinds.npy"),

@@ -124,6 +124,17 @@ def locate_sources(data: DataConfig, seed: int) -> list[SourceParts]:
             f"data.heldout_path = {data.heldout_path}: is for one source that is read from files; "
             f"the recipe has {len(from_records)}"
         )
+    mix_of(data)
+    return [_locate(SOURCES[name], data, seed) for name in data.sources]
+
+
+def mix_of(data: DataConfig) -> dict[str, float]:
+    """Return the shares of tokens by kind.
+
+    The default ratios belong to the default sources: for others, the kinds that none of them has
+    are left out and the rest keep their proportions. Any other ratio without a source raises
+    ConfigError.
+    """
     kinds = {SOURCES[name].kind.value for name in data.sources}
     known_kinds = [kind.value for kind in Kind]
     for kind, ratio in data.mix_ratios.items():
@@ -131,12 +142,20 @@ def locate_sources(data: DataConfig, seed: int) -> list[SourceParts]:
             raise ConfigError(
                 f"training.data.mix_ratios.{kind}: unknown kind; known: {', '.join(known_kinds)}"
             )
-        if ratio > 0 and kind not in kinds:
+        if ratio > 0 and kind not in kinds and data.mix_ratios != DataConfig().mix_ratios:
             raise ConfigError(
                 f"training.data.mix_ratios.{kind} = {ratio}: none of the sources "
                 f"({', '.join(data.sources)}) is of this kind; add one, or set the ratio to 0"
             )
-    return [_locate(SOURCES[name], data, seed) for name in data.sources]
+    total = sum(data.mix_ratios.get(kind, 0.0) for kind in kinds)
+    if total == 0:
+        raise ConfigError(
+            f"training.data.mix_ratios = {data.mix_ratios}: the sources ({', '.join(data.sources)})"
+            f" are of kind {', '.join(sorted(kinds))}; give that a ratio above 0"
+        )
+    return {
+        kind: ratio / total for kind, ratio in data.mix_ratios.items() if kind in kinds and ratio
+    }
 
 
 def _locate(source: Source, data: DataConfig, seed: int) -> SourceParts:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from svend.data.corpus import KINDS, TokenArray
 from svend.data.packing import PackedRows, pack_rows
+from svend.data.sources import mix_of
 from svend.errors import DataError
 from svend.pipeline.config import DataConfig, LongDocuments
 
@@ -47,7 +48,7 @@ class PackedSequences:
         self._tokens = part.tokens
         self._length = data.max_seq_length
         self._seed = seed
-        documents = mix_documents(part, data.mix_ratios, seed)
+        documents = mix_documents(part, mix_of(data), seed)
         self.mixed_documents = documents
         self._rows: PackedRows = pack_rows(
             part.offsets[documents],
@@ -137,7 +138,10 @@ def mix_documents(
     }
     for kind, documents in of_kind.items():
         if not len(documents):
-            raise DataError(f"no documents of kind '{kind}' in a part of the data; give more data")
+            raise DataError(
+                f"no documents of kind '{kind}' in the {part.name} part; raise "
+                "training.data.num_samples or training.data.heldout_fraction, or give more data"
+            )
     total = min(lengths[documents].sum() / ratios[kind] for kind, documents in of_kind.items())
     chosen = []
     for kind, documents in of_kind.items():

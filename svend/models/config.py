@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svend.pipeline.config import ModelConfig
 
@@ -50,4 +50,19 @@ class TransformerConfig:
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_position_embeddings,
             rope_theta=model.rope_theta,
+        )
+
+    def to_model_config(self, scale: ModelConfig) -> ModelConfig:
+        """Return this transformer as `conf/scale/` would describe it, else like `scale`."""
+        return replace(
+            scale,
+            name=self.name,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.ffn_size,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
         )

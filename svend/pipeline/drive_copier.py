@@ -43,8 +43,7 @@ def reach_drive(drive_path: Path) -> None:
     Raises CheckpointError where that cannot be done.
     """
     try:
-        if drive_path.is_relative_to(MOUNT_POINT):
-            _mount(drive_path)
+        mount_google_drive(drive_path)
         drive_path.mkdir(parents=True, exist_ok=True)
         finish_replacements(drive_path)
         # One run writes here; another machine's process ids mean nothing, so all is abandoned.
@@ -57,7 +56,18 @@ def reach_drive(drive_path: Path) -> None:
         ) from error
 
 
-def _mount(drive_path: Path) -> None:
+def is_on_google_drive(path: Path) -> bool:
+    """Whether a path lies where Colab mounts Google Drive."""
+    return path.absolute().is_relative_to(MOUNT_POINT)
+
+
+def mount_google_drive(drive_path: Path) -> None:
+    """Mount Google Drive if `drive_path` lies on it and it is not mounted yet.
+
+    Raises CheckpointError, with what to do, where that cannot be done.
+    """
+    if not is_on_google_drive(drive_path):
+        return
     if MOUNT_POINT.is_mount() or (MOUNT_POINT / "MyDrive").is_dir():
         return
     try:
@@ -82,7 +92,12 @@ def _mount(drive_path: Path) -> None:
 def own_cache(drive_path: Path) -> Path:
     """Return the cache that belongs to a drive's folder and to no other."""
     place = hashlib.sha256(str(drive_path).encode()).hexdigest()[:8]
-    return Path.home() / ".cache" / "svend" / "checkpoints" / f"{drive_path.name}-{place}"
+    return default_cache_dir() / f"{drive_path.name}-{place}"
+
+
+def default_cache_dir() -> Path:
+    """Return the folder of caches, on the machine's own disk."""
+    return Path.home() / ".cache" / "svend" / "checkpoints"
 
 
 def claim_cache(cache: Path, drive_path: Path) -> None:

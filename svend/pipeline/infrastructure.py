@@ -24,7 +24,7 @@ from svend.device import (
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
 from svend.pipeline.checkpoints import CheckpointManager, verify
-from svend.pipeline.config import Compile, PipelineConfig
+from svend.pipeline.config import Compile, ModelConfig, PipelineConfig
 from svend.planning.plan import check_memory
 from svend.tracking.run import check_tracking_store
 from svend.training.loop import train_steps
@@ -50,9 +50,13 @@ class InfrastructureChecks:
     """The checks of one configuration, in the order in which they build on one another."""
 
     def __init__(
-        self, config: PipelineConfig, build_model: Callable[[torch.device], nn.Module]
+        self,
+        config: PipelineConfig,
+        plan_model: Callable[[], ModelConfig],
+        build_model: Callable[[torch.device], nn.Module],
     ) -> None:
         self._config = config
+        self._plan_model = plan_model
         self._build_model = build_model
         self._device = torch.device("cpu")
         self._corpus: Corpus | None = None
@@ -127,18 +131,17 @@ class InfrastructureChecks:
         return "a compiled function gives the eager result"
 
     def _check_memory(self) -> str:
-        assert self._config.model is not None  # set by PipelineConfig.resolve
-        memory, available = check_memory(self._config.model, self._config.training, self._device)
+        model = self._plan_model()
+        memory, available = check_memory(model, self._config.training, self._device)
         return f"about {memory.total / 1e9:.1f} GB needed, {available / 1e9:.1f} GB available"
 
     def _check_disk(self) -> str:
-        assert self._config.model is not None  # set by PipelineConfig.resolve
         folder = Path(self._config.checkpoint_dir).expanduser().absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         # The ones that are kept, the best, and the one being written.
         copies = self._config.training.save_total_limit + 2
-        needed = copies * STATE_BYTES_PER_PARAMETER * self._config.model.num_parameters()
+        needed = copies * STATE_BYTES_PER_PARAMETER * self._plan_model().num_parameters()
         if needed > free:
             raise ResourceError(
                 f"{folder}: {copies} checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
@@ -151,6 +154,8 @@ class InfrastructureChecks:
         assert model is not None  # set by PipelineConfig.resolve
         corpus = build_corpus(training.data, model.vocab_size, training.seed, lambda _: None)
         self._corpus = corpus
+        for part in (corpus.train, corpus.heldout):
+            PackedSequences(part, training.data, training.seed)  # each has every kind of the mix
         return f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents"
 
     def _check_tokenizer(self) -> str:

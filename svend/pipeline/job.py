@@ -17,12 +17,14 @@ from svend.data.stream import BatchStream, PackedSequences
 from svend.device import check_precision, describe_device, keep_freed_memory, resolve_device
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.checkpoints import CheckpointManager
-from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
+from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig
+from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.record import record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates
+from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
 from svend.training.state import TrainState, build_state
@@ -62,8 +64,8 @@ def prepare_job(
     console: Console,
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs."""
-    training, model_config = config.training, config.model
-    assert model_config is not None  # set by PipelineConfig.resolve
+    training, model_config = config.training, planned_model(config, model_factory)
+    assert config.model is not None  # set by PipelineConfig.resolve
     if training.use_wandb:
         folder_of_runs = Path(config.checkpoint_dir).expanduser()
         place = tracked.mirror_to_wandb(training.wandb_project, to_tree(config), folder_of_runs)
@@ -73,7 +75,7 @@ def prepare_job(
     check_precision(training.precision, device)
     memory = check_memory(model_config, training, device)
     corpus = build_corpus(
-        training.data, model_config.vocab_size, training.seed,
+        training.data, config.model.vocab_size, training.seed,
         lambda text: console.print(f"data: {text}"),
     )
     if folder is not None:
@@ -84,7 +86,8 @@ def prepare_job(
     one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
     total_steps = training.max_steps or one_run
     plan = plan_run(
-        config, total_steps, memory, device, folder.identity.compiled if folder else None
+        training, model_config, total_steps, memory, device,
+        folder.identity.compiled if folder else None,
     )
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
@@ -100,7 +103,7 @@ def prepare_job(
             training.model_scale.value, corpus.fingerprint, device.type, plan.compile,
         ))
     mix = kind_tokens(corpus.train, sequences.mixed_documents)
-    manager = CheckpointManager(folder.path, training.save_total_limit)
+    manager = _checkpoint_manager(config, folder)
     job = Job(
         config, device, corpus, mix, heldout, plan, state,
         _model_name(config, model, model_factory), tracked, folder, manager,
@@ -118,6 +121,16 @@ def prepare_job(
     return job
 
 
+def _checkpoint_manager(config: PipelineConfig, folder: RunFolder) -> CheckpointManager:
+    limit, cache_dir = config.training.save_total_limit, config.checkpoint_cache_dir
+    if cache_dir is None and not is_on_google_drive(folder.path):
+        return CheckpointManager(folder.path, limit)
+    # By the run too: a folder may have been deleted, and its name be another run's now.
+    name = f"{folder.path.name}-{folder.identity.run_id}"
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return DriveCheckpointManager(folder.path, cache / name, limit)
+
+
 def _model_name(
     config: PipelineConfig, model: nn.Module, model_factory: ModelFactory | None
 ) -> str:
@@ -128,6 +141,23 @@ def _model_name(
     own = getattr(getattr(model, "config", None), "name", None)
     scale = config.training.model_scale.value
     return own if isinstance(own, str) and own != config.model.name else f"custom-{scale}"
+
+
+def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) -> ModelConfig:
+    """Return the architecture to plan for: the scale's, or that of the factory's model.
+
+    The factory is called on the meta device, where nothing is allocated. A module of another
+    kind is planned as a Llama of as many parameters.
+    """
+    assert config.model is not None  # set by PipelineConfig.resolve
+    if model_factory is None:
+        return config.model
+    with torch.device("meta"):
+        model = model_factory(config.training.model_scale)
+    if isinstance(model, ReasoningTransformer):
+        return model.config.to_model_config(config.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return equivalent_model(config.model, parameters)
 
 
 def build_model(

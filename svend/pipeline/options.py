@@ -317,6 +317,7 @@ class PipelineConfig:
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")
     checkpoint_dir: str = _default("checkpoint_dir")
+    checkpoint_cache_dir: str | None = _default("checkpoint_cache_dir")
 
     def resolve(self) -> PipelineConfig:
         """Return a copy in which nothing is left to be looked up, checked as a whole."""

@@ -18,11 +18,12 @@ from svend.device import (
 )
 from svend.errors import ConfigError, GateFailure, Interrupted, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
-from svend.pipeline.checkpoints import Checkpoint
+from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.drive_copier import mount_google_drive
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
-from svend.pipeline.job import Job, ModelFactory, build_model, prepare_job
+from svend.pipeline.job import Job, ModelFactory, build_model, planned_model, prepare_job
 from svend.pipeline.record import passed_levels, record_verdicts, register_version, undecided
 from svend.pipeline.report import (
     TrainingProgress,
@@ -133,6 +134,7 @@ class PipelineRunner:
         with StopSignals() as signals:
             try:
                 config = _within_experiment(self.config).resolve()
+                mount_google_drive(Path(config.checkpoint_dir).expanduser())
                 folder = _folder_to_resume(config) if resume else None
                 # Not in the middle of a store's migration, nor before the run can be ended.
                 with signals.deferred():
@@ -164,7 +166,9 @@ class PipelineRunner:
                 raise
             finally:
                 if self._job is not None:
-                    self._job.folder.discard_if_empty()
+                    self._close_checkpoints(self._job)
+                    if not self._job.manager.list_checkpoints():
+                        self._job.folder.discard_if_empty()
                     self._job.folder.release()
                 if tracked is not None:
                     unsent = tracked.end(status, reason)
@@ -188,13 +192,16 @@ class PipelineRunner:
         """Try what really breaks runs, print a line for each, and return whether all passed."""
         try:
             config = self.config.resolve()
+            mount_google_drive(Path(config.checkpoint_dir).expanduser())
         except UserError as error:
             self._console.print(f"FAIL  configuration  {error}", markup=False, soft_wrap=True)
             return False
         keep_freed_memory()
-        checks = InfrastructureChecks(config, lambda device: build_model(
-            config, self.model_factory, device
-        ))
+        checks = InfrastructureChecks(
+            config,
+            lambda: planned_model(config, self.model_factory),
+            lambda device: build_model(config, self.model_factory, device),
+        )
         return show_checks(self._console, checks.run())
 
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
@@ -370,6 +377,14 @@ class PipelineRunner:
                 record_verdicts(job.tracked, job.folder)
                 raise GateFailure(line)
             self._console.print(f"warning: {line}")
+
+    def _close_checkpoints(self, job: Job) -> None:
+        """Wait for checkpoints on their way to another place; say so if some have not arrived."""
+        if isinstance(job.manager, DriveCheckpointManager) and not job.manager.close():
+            self._console.print(
+                f"warning: not every checkpoint has arrived in {job.folder.path}; they are in "
+                f"{job.manager.output_dir}, and arrive when the run is resumed on this machine"
+            )
 
     def _stop(self, job: Job, signals: StopSignals) -> None:
         """Save, and end the run in a way that can be resumed."""

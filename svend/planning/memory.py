@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svend.models.loss import CHUNK_ROWS
 from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
 
 FP32_BYTES = 4
+HEAD_SIZE = 64
 # Measured on CPU over hundreds of steps: what the allocator holds beyond the tensors.
 FRAGMENTATION = 0.1
 
@@ -59,6 +60,25 @@ def predict_memory(model: ModelConfig, training: TrainingConfig, process_bytes: 
         activations=tokens * _activation_bytes_per_token(model, training, width) + mask,
         head=_head_bytes(model, tokens, width),
     )
+
+
+def equivalent_model(model: ModelConfig, parameters: int) -> ModelConfig:
+    """Return a model in the proportions of `model` that has as near as can be `parameters`."""
+
+    def of_width(hidden_size: int) -> ModelConfig:
+        heads = hidden_size // HEAD_SIZE
+        return replace(
+            model,
+            hidden_size=hidden_size,
+            num_hidden_layers=max(1, round(model.num_hidden_layers * hidden_size
+                                           / model.hidden_size)),
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=round(hidden_size * model.intermediate_size / model.hidden_size),
+        )
+
+    widths = range(HEAD_SIZE, 16384 + 1, HEAD_SIZE)
+    return min(map(of_width, widths), key=lambda m: abs(m.num_parameters() - parameters))
 
 
 def _activation_bytes_per_token(

@@ -9,7 +9,7 @@ import torch
 
 from svend.device import available_bytes, can_compile
 from svend.errors import ResourceError
-from svend.pipeline.config import Compile, ModelConfig, PipelineConfig, TrainingConfig
+from svend.pipeline.config import Compile, ModelConfig, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
@@ -65,7 +65,8 @@ def check_memory(
 
 
 def plan_run(
-    config: PipelineConfig,
+    training: TrainingConfig,
+    model: ModelConfig,
     total_steps: int,
     memory: tuple[MemoryPlan, int],
     device: torch.device,
@@ -75,9 +76,8 @@ def plan_run(
 
     `compiled` is what an earlier part of the run decided: a resumed run computes as it did.
     """
-    model, training = config.model, config.training
     length = training.data.max_seq_length
-    assert model is not None and length is not None  # set by PipelineConfig.resolve
+    assert length is not None  # set by PipelineConfig.resolve
     peak_flops = measure_matmul_peak(training.precision, device)
     micro_seconds, update_seconds = measure_micro_batch_seconds(model, training, device)
     accumulation = training.gradient_accumulation_steps
