@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from svend.errors import ResourceError
+from svend.models import transformer
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import (
@@ -65,8 +67,13 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [8, 24])
 def test_flops_equal_torchs_count_less_half_the_attention_it_counts_and_plus_the_gains(
-    shape: dict[str, int], length: int
+    monkeypatch: pytest.MonkeyPatch, shape: dict[str, int], length: int
 ) -> None:
+    def attend(q: Any, k: Any, v: Any, *_: Any) -> Any:
+        """torch's own attention: its counter does not know ours."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    monkeypatch.setattr(transformer, "attend", attend)
     config = make_model_config(**shape)
     model = ReasoningTransformer(TransformerConfig.from_model_config(config))
     model.initialize(0)
@@ -137,7 +144,7 @@ def test_the_model_of_a_factory_is_planned_as_what_it_is() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     batch_size=st.integers(1, 64),
-    length=st.sampled_from([1024, 2048]),
+    length=st.sampled_from([2048, 4096]),
     precision=st.sampled_from(Precision),
     checkpointing=st.booleans(),
 )

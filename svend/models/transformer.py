@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from svend.models.attention import attend
 from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
 
@@ -54,7 +55,7 @@ def rotate(x_BHTS: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, within documents where a mask says so."""
+    """Causal grouped-query attention within documents."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -67,25 +68,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * s, d, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, mask_B1TT: Tensor | None
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, starts_BT: Tensor, fused: bool
     ) -> Tensor:
         batch, length, _ = x_BTD.shape
 
         def split(projected: Tensor, heads: int) -> Tensor:
             return projected.view(batch, length, heads, self.head_size).transpose(1, 2)
 
-        q_BHTS = rotate(split(self.q_proj(x_BTD), self.heads), cos_B1TS, sin_B1TS)
-        k_BKTS = rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS)
-        v_BKTS = split(self.v_proj(x_BTD), self.kv_heads)
-        # Repeating beats enable_gqa, whose backward pass is slow on CPU.
-        group = self.heads // self.kv_heads
-        out_BHTS = F.scaled_dot_product_attention(
-            q_BHTS,
-            k_BKTS.repeat_interleave(group, dim=1),
-            v_BKTS.repeat_interleave(group, dim=1),
-            attn_mask=mask_B1TT,
-            is_causal=mask_B1TT is None,
-            dropout_p=self.dropout if self.training else 0.0,
+        out_BHTS = attend(
+            rotate(split(self.q_proj(x_BTD), self.heads), cos_B1TS, sin_B1TS),
+            rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS),
+            split(self.v_proj(x_BTD), self.kv_heads),
+            starts_BT,
+            self.dropout if self.training else 0.0,
+            fused,
         )
         out_BTD: Tensor = self.o_proj(out_BHTS.transpose(1, 2).reshape(batch, length, -1))
         return out_BTD
@@ -117,10 +113,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, mask_B1TT: Tensor | None
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, starts_BT: Tensor, fused: bool
     ) -> Tensor:
         normed_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, mask_B1TT)
+        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, starts_BT, fused)
         out_BTD: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
         return out_BTD
 
@@ -136,6 +132,7 @@ class ReasoningTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.fused = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -177,7 +174,9 @@ class ReasoningTransformer(nn.Module):
         x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
         if labels_BT is None:
             return F.linear(x_ND, self.head.weight.to(x_ND.dtype)).view(*tokens_BT.shape, -1)
-        return summed_linear_cross_entropy(x_ND, self.head.weight, labels_BT.flatten())
+        return summed_linear_cross_entropy(
+            x_ND, self.head.weight, labels_BT.flatten(), self.fused
+        )
 
     def hidden_states(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
         """Return the normed hidden states before the head, (batch, positions, hidden)."""
@@ -186,41 +185,35 @@ class ReasoningTransformer(nn.Module):
         if torch.is_autocast_enabled(device_type):
             # The residual stream too: half the memory traffic, and fp32 where the norms need it.
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device_type))
-        positions_BT, mask_B1TT = _layout(tokens_BT, documents_BT, x_BTD.dtype)
+        starts_BT = document_starts(tokens_BT, documents_BT)
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - starts_BT
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(
-                    block, x_BTD, cos_B1TS, sin_B1TS, mask_B1TT, use_reentrant=False
+                    block, x_BTD, cos_B1TS, sin_B1TS, starts_BT, self.fused, use_reentrant=False
                 )
             else:
-                x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, mask_B1TT)
+                x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, starts_BT, self.fused)
         out_BTD: Tensor = self.final_norm(x_BTD)
         return out_BTD
 
     def compile_blocks(self) -> None:
-        """Compile one block and use it for all: seconds instead of a compilation per layer."""
+        """Compile one block and use it for all, and fuse what surrounds them.
+
+        Seconds instead of a compilation per layer.
+        """
+        self.fused = True
         for block in self.blocks:
             block.compile(dynamic=False)
 
 
-def _layout(
-    tokens_BT: Tensor, documents_BT: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Positions counted from the start of each document, and who may attend to whom.
-
-    The mask is what is added to the scores, 0 or minus infinity: from a boolean one every layer
-    would make that anew, and keep it for its backward pass.
-    """
-    batch, length = tokens_BT.shape
-    index_T = torch.arange(length, device=tokens_BT.device)
+def document_starts(tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+    """Return the position in its row at which each position's document starts."""
     if documents_BT is None:
-        return index_T.expand(batch, length), None
+        return torch.zeros_like(tokens_BT)
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
     starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    origin_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    mask_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=tokens_BT.device)
-    mask_BTT.masked_fill_(~same_BTT.tril_(), -math.inf)
-    return index_T - origin_BT, mask_BTT[:, None]
+    return torch.where(starts_BT, index_T, 0).cummax(dim=1).values

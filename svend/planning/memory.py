@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from svend.models.loss import CHUNK_ROWS
+from svend.models.attention import QUERY_BLOCK
+from svend.models.loss import CHUNK_ROWS, SLICE_ROWS
 from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
 
 FP32_BYTES = 4
@@ -50,14 +51,15 @@ def predict_memory(model: ModelConfig, training: TrainingConfig, process_bytes: 
     width = 4 if training.precision is Precision.FP32 else 2
     copies = 0 if training.precision is Precision.FP32 else width * matrices
     tokens = training.batch_size * length
-    # The mask between documents: as it is added to the scores, and two truth values to make it.
-    mask = tokens * length * (width + 2)
+    # One block of queries in attention's backward pass: two fp32 and four low-precision forms.
+    scores = (training.batch_size * model.num_attention_heads * min(length, QUERY_BLOCK) * length
+              * (2 * FP32_BYTES + 4 * width))
     return MemoryPlan(
         process=process_bytes,
         weights=FP32_BYTES * parameters + copies,
         gradients=FP32_BYTES * parameters,
         optimizer=2 * FP32_BYTES * parameters,
-        activations=tokens * _activation_bytes_per_token(model, training, width) + mask,
+        activations=tokens * _activation_bytes_per_token(model, training, width) + scores,
         head=_head_bytes(model, tokens, width),
     )
 
@@ -85,10 +87,10 @@ def _activation_bytes_per_token(
     model: ModelConfig, training: TrainingConfig, width: int
 ) -> int:
     d, f = model.hidden_size, model.intermediate_size
-    # Two norms keep three fp32 tensors each; rotary, attention and its output keep query, key
-    # and value at full heads, twice over where they are rotated or repeated; SwiGLU keeps four.
+    # Two norms keep three fp32 tensors each; attention keeps its input, query, output twice over,
+    # and key and value at fewer heads; SwiGLU keeps four.
     norms = 2 * 3 * FP32_BYTES * d
-    attention = 10 * width * d
+    attention = 6 * width * d
     feed_forward = width * (d + 4 * f)
     block = norms + attention + feed_forward
     if not training.gradient_checkpointing:
@@ -97,10 +99,11 @@ def _activation_bytes_per_token(
 
 
 def _head_bytes(model: ModelConfig, tokens: int, width: int) -> int:
-    """One chunk of logits in three fp32 and two low-precision forms, and the head's gradient.
+    """A chunk of logits, a slice of it in two fp32 forms, and the head's gradient.
 
     The gradient is there twice beside the parameter's own: as it is summed, and scaled.
     """
-    rows = min(tokens, CHUNK_ROWS)
-    logits = rows * model.vocab_size * (3 * FP32_BYTES + 2 * width)
+    logits = model.vocab_size * (
+        min(tokens, CHUNK_ROWS) * width + min(tokens, SLICE_ROWS) * 2 * FP32_BYTES
+    )
     return logits + (FP32_BYTES + width) * model.vocab_size * model.hidden_size

@@ -1,0 +1,170 @@
+"""Attention within documents: causal, and never across the boundary of two packed documents.
+
+On CPU torch's own flash kernel is fast forward and slow backward, and takes a mask only whole.
+Here it runs on blocks of queries, each against the keys from the start of the earliest document in
+the block to the block's end: a row of short documents costs its documents, not its length squared.
+The backward pass is FlashAttention's (Dao et al. 2022, arXiv 2205.14135, algorithm 4) in batched
+matrix products: it stores the row's normaliser, not its probabilities.
+
+Shape suffixes: B batch, T positions, H query heads, K key/value heads, S head size, G query heads
+per key/value head, R queries of a block, W keys that a block sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 256
+
+
+def attend(
+    q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, starts_BT: Tensor, dropout: float, fused: bool
+) -> Tensor:
+    """Return attention of each query to the keys of its document up to itself, as q_BHTS is.
+
+    starts_BT: the position in the row at which each position's document starts. `fused` compiles
+    the elementwise part of the CPU's backward pass.
+    """
+    if q_BHTS.device.type == "cpu" and dropout == 0.0:
+        out_BHTS: Tensor = _attend_blockwise(q_BHTS, k_BKTS, v_BKTS, starts_BT, fused)[0]
+        return out_BHTS
+    group = q_BHTS.shape[1] // k_BKTS.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTS,
+        k_BKTS.repeat_interleave(group, dim=1),
+        v_BKTS.repeat_interleave(group, dim=1),
+        attn_mask=_mask(starts_BT, slice(0, q_BHTS.shape[2]), 0, q_BHTS.dtype),
+        dropout_p=dropout,
+    )
+
+
+def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a block, (batch, 1, queries, keys): 0 or minus infinity."""
+    query_R1 = torch.arange(queries.start, queries.stop, device=starts_BT.device)[:, None]
+    key_W = torch.arange(first_key, queries.stop, device=starts_BT.device)
+    seen_BRW = (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None])
+    mask_BRW = torch.zeros(seen_BRW.shape, dtype=dtype, device=starts_BT.device)
+    return mask_BRW.masked_fill_(~seen_BRW, -math.inf)[:, None]
+
+
+def _blocks(starts_BT: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each block, and the keys that any of them sees."""
+    length = starts_BT.shape[1]
+    firsts_T = starts_BT.amin(dim=0)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(length, start + QUERY_BLOCK)
+        yield slice(start, stop), slice(int(firsts_T[start:stop].min()), stop)
+
+
+# An operator of its own, for the compiler must not trace through sizes that the data decide.
+@torch.library.custom_op("svend::attend_blockwise", mutates_args=(), device_types="cpu")
+def _attend_blockwise(
+    q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, starts_BT: Tensor,
+    fused: bool,  # noqa: ARG001  (for the backward pass)
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and the logarithm of each row's normaliser, (batch, heads, positions)."""
+    out_BHTS = torch.empty_like(q_BHTS, memory_format=torch.contiguous_format)
+    log_z_BHT = torch.empty(q_BHTS.shape[:3], dtype=torch.float32)
+    for queries, keys in _blocks(starts_BT):
+        out_BHTS[:, :, queries], log_z_BHT[:, :, queries] = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_BHTS[:, :, queries], k_BKTS[:, :, keys], v_BKTS[:, :, keys],
+                attn_mask=_mask(starts_BT, queries, keys.start, q_BHTS.dtype),
+            )
+        )
+    return out_BHTS, log_z_BHT
+
+
+@_attend_blockwise.register_fake
+def _(q_BHTS: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out_BHTS = torch.empty_like(q_BHTS, memory_format=torch.contiguous_format)
+    return out_BHTS, q_BHTS.new_empty(q_BHTS.shape[:3], dtype=torch.float32)
+
+
+def _score_gradients(
+    scores: Tensor, grad_probabilities: Tensor, log_z: Tensor, delta: Tensor, mask: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the probabilities, and the gradient of the unscaled scores, as the scores are."""
+    dtype = scores.dtype
+    probabilities = scores.float().mul_(scale).add_(mask).sub_(log_z).exp_()
+    grad_scores = grad_probabilities.float().sub_(delta).mul_(probabilities).mul_(scale)
+    return probabilities.to(dtype), grad_scores.to(dtype)
+
+
+@cache
+def _fused_score_gradients() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_score_gradients, dynamic=True)
+
+
+@torch.library.custom_op("svend::attend_blockwise_backward", mutates_args=(), device_types="cpu")
+def _attend_blockwise_backward(
+    grad_BHTS: Tensor, q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, starts_BT: Tensor,
+    out_BHTS: Tensor, log_z_BHT: Tensor, fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, _, size = q_BHTS.shape
+    kv_heads = k_BKTS.shape[1]
+    score_gradients = _fused_score_gradients() if fused else _score_gradients
+    delta_BHT = (grad_BHTS.float() * out_BHTS.float()).sum(dim=-1)
+    grad_q_BHTS = torch.empty_like(q_BHTS, memory_format=torch.contiguous_format)
+    # Summed over blocks, in fp32.
+    grad_k_BKTS = torch.zeros(k_BKTS.shape, dtype=torch.float32)
+    grad_v_BKTS = torch.zeros(v_BKTS.shape, dtype=torch.float32)
+    for queries, keys in _blocks(starts_BT):
+        rows = queries.stop - queries.start
+
+        def by_group(x: Tensor, queries: slice = queries, rows: int = rows) -> Tensor:
+            """Put the query heads that share a key head side by side: (B, K, G, R, ...)."""
+            return x[:, :, queries].reshape(batch, kv_heads, -1, rows, *x.shape[3:])
+
+        q_BKNS = by_group(q_BHTS).flatten(2, 3)
+        grad_BKNS = by_group(grad_BHTS).flatten(2, 3)
+        k_BKWS, v_BKWS = k_BKTS[:, :, keys], v_BKTS[:, :, keys]
+        grouped = (batch, kv_heads, heads // kv_heads, rows, -1)
+        p_BKGRW, grad_s_BKGRW = score_gradients(
+            (q_BKNS @ k_BKWS.mT).view(grouped),
+            (grad_BKNS @ v_BKWS.mT).view(grouped),
+            by_group(log_z_BHT)[..., None],
+            by_group(delta_BHT)[..., None],
+            _mask(starts_BT, queries, keys.start, torch.float32)[:, :, None],
+            1 / math.sqrt(size),
+        )
+        p_BKNW, grad_s_BKNW = p_BKGRW.flatten(2, 3), grad_s_BKGRW.flatten(2, 3)
+        grad_v_BKTS[:, :, keys] += p_BKNW.mT @ grad_BKNS
+        grad_k_BKTS[:, :, keys] += grad_s_BKNW.mT @ q_BKNS
+        grad_q_BHTS[:, :, queries] = (grad_s_BKNW @ k_BKWS).view(batch, heads, rows, size)
+    return grad_q_BHTS, grad_k_BKTS.to(k_BKTS.dtype), grad_v_BKTS.to(v_BKTS.dtype)
+
+
+@_attend_blockwise_backward.register_fake
+def _(
+    _: Tensor, q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, *__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = torch.contiguous_format
+    return (
+        torch.empty_like(q_BHTS, memory_format=form),
+        torch.empty_like(k_BKTS, memory_format=form),
+        torch.empty_like(v_BKTS, memory_format=form),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.fused = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(
+    ctx: Any, grad_BHTS: Tensor, _: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    grads = _attend_blockwise_backward(grad_BHTS, *ctx.saved_tensors, ctx.fused)
+    return *grads, None, None
+
+
+_attend_blockwise.register_autograd(_backward, setup_context=_save_for_backward)
