@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from svend import __version__
+from svend.bench import command as bench_train
 from svend.errors import ConfigError, UserError
 from svend.pipeline.config import group_members, load_config, print_scale_comparison
 
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"scales takes no option {rest[0]}")
             print_scale_comparison()
             return 0
+        if known.command == "bench":
+            if rest:
+                raise ConfigError(f"bench train takes no option {rest[0]}; see --help")
+            return bench_train.run(known)
         return _run_pipeline(known, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="true", default="false", metavar="true|false",
         help="go on with the newest unfinished run of this experiment and scale",
     )
+    bench = commands.add_parser("bench", help="time the training step beside its peers",
+                                description="Benchmarks, side by side with the peers.")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
+    bench_train.add_options(kinds.add_parser(
+        "train", help="the training step", description="Time the training step.",
+        epilog=bench_train.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    ))
     commands.add_parser("scales", help="print the seven scales",
                         description="Print the seven scales, each figure from its config.")
     return parser

@@ -16,7 +16,7 @@ from svend.models.attention import attend
 from svend.models.transformer import document_starts
 
 # Of the largest value; a bf16 number has 8 bits, and probabilities and sums are rounded to it.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def reference(q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, documents_BT: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks by command, side by side with what users would pick instead."""

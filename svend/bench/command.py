@@ -1,0 +1,115 @@
+"""`svend bench train`: its options, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from svend.errors import UserError
+from svend.pipeline.config import DataConfig, ModelConfig, ModelScale, get_model_config
+
+PEERS = ("svend-eager", "hf-stock", "hf-compiled", "hf-master", "litgpt")
+EXAMPLES = """\
+svend is timed against the peers on the same model, tokens and precision, in turn.
+
+examples:
+  python -m svend bench train
+  python -m svend bench train --shapes 8x512 --peers hf-stock hf-compiled
+  python -m svend bench train --documents ../gsm8k/train.jsonl --shapes 4x1024
+
+the peers: pip install -e '.[bench]' for Hugging Face; litgpt in an environment of its own:
+  python -m venv .litgpt && .litgpt/bin/pip install torch==2.13.0 litgpt==0.5.13 psutil
+  python -m svend bench train --litgpt-python .litgpt/bin/python
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench train`."""
+    parser.add_argument("--scales", nargs="+", default=["tiny"], metavar="NAME",
+                        help="scales to time (default: tiny)")
+    parser.add_argument("--shapes", nargs="+", default=["2x512", "8x512", "2x2048"],
+                        metavar="BxT", help="sequences x tokens (default: 2x512 8x512 2x2048)")
+    parser.add_argument("--peers", nargs="+", default=None, metavar="NAME",
+                        help=f"of {', '.join(PEERS)} (default: those that are installed)")
+    parser.add_argument("--documents", metavar="PATH",
+                        help="GSM8K's records: packed by us, padded by the peers")
+    parser.add_argument("--litgpt-python", metavar="PATH", help="the Python that has litgpt")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a turn (default: 3)")
+    parser.add_argument("--json", metavar="PATH", help="write all figures there")
+    parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Time what is asked for; print a table for each shape."""
+    shapes = [_shape(text) for text in options.shapes]
+    models = [(name, get_model_config(_scale(name))) for name in options.scales]
+    if options.rounds < 1 or options.steps < 1:
+        raise UserError("bench: --rounds and --steps must be at least 1")
+    contestants = ["svend", *_peers(options)]
+    from rich.console import Console
+
+    from svend.bench.report import comparison_table, plot_comparisons
+    from svend.bench.train import compare, make_spec, to_json
+
+    console, comparisons = Console(), []
+    with _documents(options.documents, models[0][1]) as documents:
+        for name, model in models:
+            for batch_size, length in shapes:
+                comparisons.append(compare(
+                    name, model, make_spec(model, batch_size, length, documents), contestants,
+                    options.litgpt_python or sys.executable, options.rounds, options.steps,
+                    lambda text: print(text, file=sys.stderr, flush=True),
+                ))
+                console.print(comparison_table(comparisons[-1]))
+    if options.json:
+        Path(options.json).write_text(to_json(comparisons) + "\n", encoding="utf-8")
+    if options.plot:
+        plot_comparisons(comparisons, Path(options.plot))
+    return 0
+
+
+@contextlib.contextmanager
+def _documents(path: str | None, model: ModelConfig) -> Iterator[str | None]:
+    if path is None:
+        yield None
+        return
+    from svend.bench.train import tokenized_documents
+
+    data = DataConfig(sources=["gsm8k"], mix_ratios={"reasoning": 1.0}, path=path, num_samples=1)
+    with tokenized_documents(data, model.vocab_size, lambda _: None) as file:
+        yield file
+
+
+def _peers(options: argparse.Namespace) -> list[str]:
+    unknown = [name for name in options.peers or () if name not in PEERS]
+    if unknown:
+        raise UserError(f"bench: unknown peer '{unknown[0]}'; known: {', '.join(PEERS)}")
+    missing = [] if importlib.util.find_spec("transformers") else ["hf"]
+    if options.litgpt_python is None and importlib.util.find_spec("litgpt") is None:
+        missing.append("litgpt")
+    wanted = options.peers or PEERS
+    left_out = [name for name in wanted if name.split("-")[0] in missing]
+    if left_out and options.peers:
+        raise UserError(f"bench: {left_out[0]} is not installed; see svend bench train --help")
+    if left_out:
+        print(f"left out, not installed: {', '.join(left_out)}; see svend bench train --help")
+    return [name for name in wanted if name not in left_out]
+
+
+def _scale(name: str) -> ModelScale:
+    known = [scale.value for scale in ModelScale]
+    if name not in known:
+        raise UserError(f"bench: unknown scale '{name}'; known: {', '.join(known)}")
+    return ModelScale(name)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch_size, _, length = text.partition("x")
+    if not (batch_size.isdigit() and length.isdigit() and int(batch_size) and int(length) > 1):
+        raise UserError(f"bench: --shapes {text}: must be such as 8x512")
+    return int(batch_size), int(length)

@@ -1,0 +1,78 @@
+"""Our own training loop as a contestant: the same stream, step and optimizer as in a run."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import torch
+
+from svend.bench.spec import Contestant, Spec
+from svend.data.corpus import KINDS, TokenArray
+from svend.data.documents import Kind
+from svend.data.stream import BatchStream, PackedSequences
+from svend.device import keep_freed_memory
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.config import DataConfig, Precision, TrainingConfig
+from svend.training.loop import train_steps
+from svend.training.state import build_state
+
+ROWS = 512  # of random tokens, where there are no documents
+
+
+def svend_compiled(spec: Spec) -> Contestant:
+    """Blocks compiled, as in a run that is long enough."""
+    return _svend(spec, compiled=True)
+
+
+def svend_eager(spec: Spec) -> Contestant:
+    """Not compiled, as in a short run."""
+    return _svend(spec, compiled=False)
+
+
+def _svend(spec: Spec, *, compiled: bool) -> Contestant:
+    keep_freed_memory()
+    data = DataConfig(sources=["text"], mix_ratios={"general": 1.0}, max_seq_length=spec.length)
+    training = TrainingConfig(
+        batch_size=spec.batch_size, gradient_accumulation_steps=1, precision=Precision.BF16,
+        data=data, seed=spec.seed,
+    )
+    sequences = PackedSequences(_tokens(spec), data, spec.seed)
+    model = ReasoningTransformer(TransformerConfig(
+        name="bench", hidden_size=spec.hidden_size, num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads,
+        intermediate_size=spec.intermediate_size, vocab_size=spec.vocab_size,
+        max_position_embeddings=max(spec.length, 2048),
+    ))
+    if compiled:
+        model.compile_blocks()
+    stream = BatchStream(sequences, spec.batch_size)
+    state = build_state(model, stream, training, sys.maxsize, torch.device(spec.device))
+    # A second stream looks at what the first hands to the loop.
+    watched = BatchStream(sequences, spec.batch_size)
+    steps = train_steps(state, training, sys.maxsize)
+
+    def step() -> int:
+        useful = int((next(watched).documents_BT >= 0).sum())
+        next(steps)
+        return useful
+
+    return Contestant(sum(p.numel() for p in model.parameters()), step)
+
+
+def _tokens(spec: Spec) -> TokenArray:
+    if spec.documents is None:
+        generator = np.random.default_rng(spec.seed)
+        tokens = generator.integers(0, spec.vocab_size, ROWS * spec.length).astype(np.uint16)
+        offsets = np.arange(ROWS + 1, dtype=np.int64) * spec.length
+    else:
+        with np.load(spec.documents) as file:
+            tokens, offsets = file["tokens"], file["offsets"]
+        lengths = np.minimum(np.diff(offsets), spec.length)
+        pieces = [tokens[a : a + n] for a, n in zip(offsets, lengths, strict=False)]
+        tokens = np.concatenate(pieces)
+        offsets = np.array([0, *itertools.accumulate(int(n) for n in lengths)], dtype=np.int64)
+    kinds = np.full(len(offsets) - 1, KINDS.index(Kind.GENERAL), dtype=np.uint8)
+    return TokenArray("train", tokens, offsets, kinds)
