@@ -63,6 +63,15 @@ def _negative_log_likelihood(logits_CV: Tensor, target_C1: Tensor) -> Tensor:
     ])
 
 
+def _transpose_and_scale(grad_w_DV: Tensor, scale: Tensor) -> Tensor:
+    return torch.mul(grad_w_DV.T, scale).contiguous()
+
+
+@cache
+def _fused_transpose_and_scale() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_transpose_and_scale, dynamic=False)
+
+
 class _SummedLinearCrossEntropy(torch.autograd.Function):
     """The gradients are computed chunk by chunk in the forward pass, while the logits exist.
 
@@ -80,10 +89,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_x_ND = torch.empty_like(x_ND) if needs_x else None
         # Transposed, for x^T times the gradient is twice as fast as its transpose times x.
-        grad_w_DV = (
-            torch.zeros(weight_VD.T.shape, dtype=torch.float32, device=x_ND.device)
-            if needs_weight else None
-        )
+        grad_w_DV: Tensor | None = None
         for start in range(0, x_ND.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             x_CD, labels_C1 = x_ND[rows], labels_N[rows].unsqueeze(1)
@@ -99,9 +105,13 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
             # What does not count is left out on the narrow side of the products.
             if grad_x_ND is not None:
                 grad_x_ND[rows] = torch.where(counted_C1, logits_CV @ w_VD, 0.0)
-            if grad_w_DV is not None:
-                grad_w_DV += torch.where(counted_C1, x_CD, 0.0).T.contiguous() @ logits_CV
+            if needs_weight:
+                product_DV = torch.where(counted_C1, x_CD, 0.0).T.contiguous() @ logits_CV
+                grad_w_DV = (
+                    product_DV.float() if grad_w_DV is None else grad_w_DV.add_(product_DV)
+                )
         ctx.save_for_backward(grad_x_ND, grad_w_DV)
+        ctx.fused = fused
         return loss
 
     @staticmethod
@@ -115,8 +125,8 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         scaled_x_ND = None if grad_x_ND is None else grad_x_ND * grad
         scaled_w_VD = None
         if grad_w_DV is not None:
-            scaled_w_VD = torch.empty_like(grad_w_DV.T, memory_format=torch.contiguous_format)
-            torch.mul(grad_w_DV.T, grad, out=scaled_w_VD)
+            scale = _fused_transpose_and_scale() if ctx.fused else _transpose_and_scale
+            scaled_w_VD = scale(grad_w_DV, grad)
         return scaled_x_ND, scaled_w_VD, None, None
 
 
