@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,12 +25,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError, UserError
+from svend.pipeline.checkpoint_files import metadata_bytes, writer_name
 from svend.pipeline.checkpoints import Checkpoint, CheckpointManager, verify
 from svend.pipeline.config import (
     DataConfig,
     ModelScale,
     PipelineConfig,
     Precision,
+    Schedule,
     TrainingConfig,
 )
 from svend.pipeline.run_folder import RunFolder, RunIdentity
@@ -100,7 +104,8 @@ def _fake_hash(checkpoint: Checkpoint, name: str) -> None:
     metadata = json.loads((checkpoint.path / "metadata.json").read_text())
     metadata["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(),
                                "bytes": len(content)}
-    (checkpoint.path / "metadata.json").write_text(json.dumps(metadata))
+    del metadata["metadata_sha256"]
+    (checkpoint.path / "metadata.json").write_bytes(metadata_bytes(metadata))
 
 
 def test_a_checkpoint_has_the_layout_of_the_guide(tmp_path: Path) -> None:
@@ -318,9 +323,12 @@ def test_an_optimizer_of_another_shape_is_refused_in_one_line(tmp_path: Path) ->
 def test_a_part_that_was_not_saved_is_named(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     manager.save(model=_training()[0], step=1)
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt") as refusal:
-        manager.load_latest(*_training())
+    other = _training()
+    before = copy.deepcopy(other[0].state_dict())
+    with pytest.raises(CheckpointError, match=r"was saved without optimizer\.pt") as refusal:
+        manager.load_latest(*other)
     assert len(str(refusal.value).splitlines()) == 1
+    torch.testing.assert_close(other[0].state_dict(), before, rtol=0, atol=0)
 
 
 class _Exploit:
@@ -421,7 +429,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints_only(
         manager = CheckpointManager(tmp_path / "run", save_total_limit=2)
         assert _names(tmp_path / "run") == ["step_00000001", "step_00000002"]
         checkpoints = manager.list_checkpoints()
-        assert [c.step for c in checkpoints] == [1, 2]
+        assert sorted(c.step for c in checkpoints) == [1, 2]
         for checkpoint in checkpoints:
             verify(checkpoint)
             model = nn.Linear(64, 64)
@@ -442,14 +450,20 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_kept(
     tmp_path: Path,
 ) -> None:
     _filled(tmp_path)
-    dead = tmp_path / f".writing-step_00000003-{_ended_process_id()}"
-    live = tmp_path / f".writing-step_00000003-{os.getpid()}"
-    for leftover in (dead, live):
+    # A container's first process has the same id after every start.
+    earlier = tmp_path / f".writing-step_00000003-0123abcd-{os.getpid()}"
+    dead = tmp_path / f".writing-step_00000003-0123abcd-{_ended_process_id()}"
+    garbage = tmp_path / f".writing-step_00000003-0123abcd-{10**20}"
+    live = tmp_path / f".writing-step_00000003-{writer_name()}"
+    other = tmp_path / f".writing-step_00000003-0123abcd-{os.getppid()}"
+    for leftover in (earlier, dead, garbage, live, other):
         leftover.mkdir()
         (leftover / "model.pt").write_bytes(b"half")
+    (tmp_path / ".replaced-mine").mkdir()
     manager = CheckpointManager(tmp_path)
-    assert not dead.exists()
-    assert live.exists()
+    left = [leftover.exists() for leftover in (earlier, dead, garbage, live, other)]
+    assert left == [False, False, False, True, True]
+    assert (tmp_path / ".replaced-mine").is_dir()
     assert _ids(manager) == ["step_00000001", "step_00000002"]
 
 
@@ -461,10 +475,119 @@ def test_a_replacement_that_was_cut_short_is_finished_or_undone(
     place, replaced = tmp_path / "step_00000002", tmp_path / ".replaced-step_00000002"
     place.rename(replaced)
     if new_is_in_place:
-        shutil.copytree(tmp_path / "step_00000001", place)
+        other = CheckpointManager(tmp_path / "other")
+        other.save(step=2, extra_state={"mark": "new"})
+        shutil.copytree(tmp_path / "other" / "step_00000002", place)
     manager = CheckpointManager(tmp_path)
     assert not replaced.exists()
-    assert manager.load(manager.list_checkpoints()[-1])[2] == {"mark": 1 if new_is_in_place else 2}
+    found = {c.step: manager.load(c)[2]["mark"] for c in manager.list_checkpoints()}
+    assert found == {1: 1, 2: "new" if new_is_in_place else 2}
+
+
+def test_a_users_own_copy_is_no_checkpoint_and_is_never_removed(tmp_path: Path) -> None:
+    manager = _filled(tmp_path)
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001-backup")
+    with pytest.warns(UserWarning, match="under another name"):
+        assert [c.step for c in manager.list_checkpoints()] == [1, 2]
+    for step in (3, 4, 5, 6):
+        manager.save(step=step)
+    assert (tmp_path / "step_00000001-backup" / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("change", [
+    ('"step": 2', '"step": 7'), ('"loss": 0.5', '"loss": 0.0'), ('"epoch": 0', '"epoch": null'),
+])
+def test_changed_metadata_is_noticed(tmp_path: Path, change: tuple[str, str]) -> None:
+    manager = _filled(tmp_path)
+    path = tmp_path / "step_00000002" / "metadata.json"
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with pytest.warns(UserWarning, match=r"metadata\.json is damaged"):
+        assert manager.load_latest()[2] == {"mark": 1}
+
+
+def test_a_run_that_went_back_keeps_and_resumes_its_new_course(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, save_total_limit=3)
+    for step in (300, 400, 500):
+        manager.save(step=step, metrics={"loss": step})
+    assert manager.load_best()[0] == 300
+    for step in (310, 320, 330):
+        manager.save(step=step, metrics={"loss": step})
+    assert [c.step for c in manager.list_checkpoints()] == [300, 310, 320, 330]
+    assert manager.load_latest()[0] == 330
+
+
+def test_steps_of_more_than_eight_digits_are_in_order(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, save_total_limit=2)
+    for step in (99_999_998, 99_999_999, 100_000_000, 100_000_001):
+        manager.save(step=step)
+    assert [c.step for c in manager.list_checkpoints()] == [100_000_000, 100_000_001]
+    assert manager.load_latest()[0] == 100_000_001
+
+
+@pytest.mark.parametrize("value", [np.arange(3), np.float64(1), Path("x"), Schedule.COSINE])
+def test_state_that_could_not_be_loaded_is_refused_by_key(tmp_path: Path, value: object) -> None:
+    manager = _filled(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^extra_state\['odd'\]: ") as refusal:
+        manager.save(step=3, extra_state={"fine": [1, "a"], "odd": {"in": value}})
+    assert len(str(refusal.value).splitlines()) == 1
+    assert _names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_what_cannot_be_saved_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    manager = _filled(tmp_path)
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"metrics": {"loss": None}}, r"metrics\['loss'\] = None"),
+        ({"metrics": {"loss": "low"}}, r"metrics\['loss'\] = 'low'"),
+        ({"step": 1.0}, "step = 1.0"), ({"step": -1}, "step = -1"), ({"epoch": "2"}, "epoch"),
+        ({"extra_state": {"f": lambda: 1}}, "cannot be saved"),
+    ]
+    for arguments, message in mistakes:
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            manager.save(**({"step": 3} | arguments))
+        assert len(str(refusal.value).splitlines()) == 1
+    assert _names(tmp_path) == ["step_00000001", "step_00000002"]
+    with pytest.raises(ConfigError, match="save_total_limit"):
+        CheckpointManager(tmp_path, save_total_limit="3")  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save(step=np.int64(3), epoch=np.int32(1),  # type: ignore[arg-type]
+                 metrics={"loss": torch.tensor(0.5), "accuracy": np.float32(0.25)})
+    (checkpoint,) = manager.list_checkpoints()
+    assert (checkpoint.step, checkpoint.epoch) == (3, 1)
+    assert checkpoint.metrics == {"loss": 0.5, "accuracy": 0.25}
+    assert all(type(value) is float for value in checkpoint.metrics.values())
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path, save_total_limit=1)
+    manager.save(step=1)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "step_00000001":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.warns(UserWarning, match="an old checkpoint cannot be removed"):
+        manager.save(step=2)
+    monkeypatch.undo()
+    assert manager.load_latest()[0] == 2
+    manager.save(step=3)
+    assert _names(tmp_path) == ["step_00000003"]
+
+
+def test_a_run_whose_only_checkpoint_was_being_replaced_is_found(tmp_path: Path) -> None:
+    run = _create(tmp_path)
+    run.release()
+    (run.path / "step_00000001").rename(run.path / ".replaced-step_00000001")
+    run.discard_if_empty()
+    assert RunFolder.find_unfinished(str(tmp_path), "svend", "tiny").identity.run_id == "r"
 
 
 def _file_in_place_of_folder(folder: Path) -> CheckpointManager:

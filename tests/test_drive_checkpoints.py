@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from svend.errors import CheckpointError
-from svend.pipeline import drive_copier
+from svend.errors import CheckpointError, ConfigError
+from svend.pipeline import checkpoints, drive_copier
 from svend.pipeline.checkpoints import (
     Checkpoint,
     CheckpointManager,
@@ -203,7 +203,7 @@ def test_a_mount_that_vanishes_in_the_middle_of_a_copy_has_everything_in_the_end
     assert len(caplog.records) == 2
     # Four were saved, three are kept; nothing hidden is left behind.
     assert _names(mount / "run") == _ids(2, 11, 12)
-    assert [c.step for c in _whole(mount / "run")] == [2, 11, 12]
+    assert [c.step for c in _whole(mount / "run")] == [11, 2, 12]  # as they were saved
 
 
 def test_what_arrives_garbled_is_not_taken_and_is_sent_again(
@@ -454,7 +454,7 @@ def test_without_colab_the_path_of_the_guide_is_refused_in_one_line(tmp_path: Pa
         DriveCheckpointManager(drive_path="/content/drive/MyDrive/svend-checkpoints/my-run",
                                local_cache=tmp_path / "cache")
     assert "google.colab" in str(refusal.value)
-    assert "give drive_path a folder that exists, or mount the drive first" in str(refusal.value)
+    assert "give a folder elsewhere, or mount the drive first" in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
     assert not Path("/content").exists()
 
@@ -471,13 +471,11 @@ def _colab(monkeypatch: pytest.MonkeyPatch, mount: Callable[[str], None]) -> Non
 def test_in_colab_the_drive_is_mounted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mounted = []
-
-    def mount(place: str) -> None:
-        mounted.append(place)
-        (Path(place) / "MyDrive").mkdir(parents=True)
-
-    _colab(monkeypatch, mount)
+    mounted: list[str] = []
+    # What a program that ran too early has left there is not Drive.
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: str(path) in mounted)
+    _colab(monkeypatch, mounted.append)
     monkeypatch.setattr(drive_copier, "MOUNT_POINT", tmp_path / "drive")
     for run in ("drive/MyDrive/a", "drive/MyDrive/b", "elsewhere/c"):
         with DriveCheckpointManager(tmp_path / run, tmp_path / f"cache-{run[-1]}") as manager:
@@ -496,3 +494,104 @@ def test_a_refused_mount_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         DriveCheckpointManager(tmp_path / "drive" / "MyDrive" / "run", tmp_path / "cache")
     assert len(str(refusal.value).splitlines()) == 1
     assert not (tmp_path / "drive").exists()
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[[bool], None]]:
+    """Mounts a real file system of 1 MB at `mount`, or takes it away."""
+    place, is_mounted = tmp_path / "mount", False
+    place.mkdir()
+
+    def put(there: bool) -> None:
+        nonlocal is_mounted
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs"] if there else ["umount", "-l"]
+        done = subprocess.run([*command, str(place)], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("this process may not mount file systems")
+        is_mounted = there
+
+    yield put
+    if is_mounted:
+        put(False)
+
+
+def test_nothing_is_written_under_a_bare_mount_point(
+    tmp_path: Path, tmpfs: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = tmp_path / "mount" / "run"
+    bare.mkdir()  # what an earlier program left on the local disk
+    tmpfs(True)
+    manager = DriveCheckpointManager(bare, tmp_path / "cache")
+    _save(manager, 1)
+    assert manager.flush(10)
+    tmpfs(False)
+    _save(manager, 2)
+    assert not manager.flush(timeout_seconds=0.7)
+    assert list(bare.iterdir()) == []
+    assert "nothing is mounted there" in caplog.text
+    manager.close(timeout_seconds=0.1)
+
+
+def test_a_full_drive_makes_room_for_what_comes(
+    tmp_path: Path, tmpfs: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    tmpfs(True)
+    with DriveCheckpointManager(
+        tmp_path / "mount" / "run", tmp_path / "cache", save_total_limit=2
+    ) as manager:
+        for step in (1, 2, 3, 4):  # of 0.36 MB each
+            _save(manager, step, width=300)
+            assert manager.flush(10)
+        assert [c.step for c in _whole(tmp_path / "mount" / "run")] == [3, 4]
+
+
+def test_a_checkpoint_that_vanished_from_the_cache_has_not_arrived(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = _manager(tmp_path)
+    come_back = _rename_away(tmp_path / "mount")
+    _save(manager, 1)
+    assert not manager.flush(timeout_seconds=0.3)
+    for path in sorted(manager.output_dir.glob("step_*/*")):
+        path.unlink()
+    come_back()
+    assert not manager.flush(10)
+    assert "vanished from the cache" in caplog.text
+
+
+def test_a_drive_that_goes_away_during_a_load_is_no_reason_to_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _manager(tmp_path) as manager:
+        _save(manager, 1, 2)
+    fresh = DriveCheckpointManager(manager.drive_path, tmp_path / "other-machine")
+    come_back: Callable[[], None] | None = None
+    copy_checkpoint = checkpoints.copy_checkpoint
+
+    def vanish_once(*arguments: object) -> Checkpoint:
+        nonlocal come_back
+        if come_back is None:
+            come_back = _rename_away(tmp_path / "mount")
+        return copy_checkpoint(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "copy_checkpoint", vanish_once)
+    monkeypatch.setattr(checkpoints, "FETCH_PAUSES_SECONDS", (0.01, 0.01))
+    with pytest.raises(CheckpointError, match="mount it and try again"):
+        fresh.load_latest(_model(0.0))
+    assert come_back is not None
+    come_back()
+    assert fresh.load_latest(_model(0.0))[2] == {"mark": 2}
+    fresh.close()
+
+
+def test_a_cache_must_not_be_the_drive_itself(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="choose another"):
+        DriveCheckpointManager(tmp_path / "run", tmp_path / "run")
+
+
+def test_a_claim_cut_short_by_a_kill_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".drive_path").write_bytes(b"")
+    DriveCheckpointManager(tmp_path / "one", tmp_path / "cache").close()
+    with pytest.raises(CheckpointError, match="is the cache of"):
+        DriveCheckpointManager(tmp_path / "two", tmp_path / "cache")

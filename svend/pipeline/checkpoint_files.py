@@ -6,14 +6,17 @@ place by one rename, so that a process killed at any instant leaves the old stat
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
+import secrets
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,16 @@ import torch
 from svend.errors import CheckpointError
 
 METADATA = "metadata.json"
+METADATA_SHA256 = "metadata_sha256"
 MODEL = "model.pt"
 EXTRA_STATE = "extra_state.pt"  # in every checkpoint
 CHUNK_BYTES = 4 * 2**20
+# A container's processes have the same id after every start: this tells them apart.
+PROCESS_TOKEN = secrets.token_hex(4)
+
+
+class UnreachableError(CheckpointError):
+    """A checkpoint that cannot be read now, and may well be intact."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Checkpoint:
 
     checkpoint_id: str
     path: Path
+    sequence: int  # counts the saves into a folder
     step: int
     epoch: int
     metrics: dict[str, float]
@@ -43,6 +54,8 @@ class Checkpoint:
     @property
     def weights_sha256(self) -> str:
         """The hash of the weights' file: what a verdict and a registered version refer to."""
+        if MODEL not in self.files:
+            raise CheckpointError(f"{self.path}: was saved without a model")
         digest: str = self.files[MODEL]["sha256"]
         return digest
 
@@ -52,24 +65,23 @@ class Checkpoint:
 
     @property
     def age_key(self) -> tuple[int, str]:
-        """Sorts checkpoints from old to new; one step saved twice is told apart by its time."""
-        return self.step, self.created
+        """Sorts checkpoints from old to new, whatever their steps: a run may have gone back."""
+        return self.sequence, self.created
 
     def is_copy_of(self, other: Checkpoint) -> bool:
         """Whether both say they hold the same, wherever they lie."""
-        return (self.checkpoint_id, self.created, self.files) == (
-            other.checkpoint_id, other.created, other.files)
+        return replace(self, path=other.path) == other
 
 
 def read_folder(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Return the checkpoints in order of their step, unverified, and what is said of the others."""
+    """Return the checkpoints from old to new, unverified, and what is said of the others."""
     found, complaints = [], []
     for path in sorted(folder.glob("step_*")):
         try:
             found.append(read_metadata(path))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             complaints.append(f"{path}: not a checkpoint ({error}); passed over")
-    return found, complaints
+    return sorted(found, key=lambda c: c.age_key), complaints
 
 
 def read_metadata(path: Path) -> Checkpoint:
@@ -77,8 +89,25 @@ def read_metadata(path: Path) -> Checkpoint:
     return _parse_metadata(path, (path / METADATA).read_bytes())
 
 
+def metadata_bytes(metadata: dict[str, Any]) -> bytes:
+    """Return the content of a metadata file, which ends with a hash of itself."""
+    return json.dumps({**metadata, METADATA_SHA256: _metadata_sha256(metadata)}, indent=1).encode()
+
+
+def _metadata_sha256(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
 def _parse_metadata(path: Path, content: bytes) -> Checkpoint:
-    checkpoint = Checkpoint(path=path, **json.loads(content))
+    """Return what a metadata file says; raise ValueError if it is not what was written."""
+    metadata = json.loads(content)
+    recorded = metadata.pop(METADATA_SHA256, None) if isinstance(metadata, dict) else None
+    # What has its hash has its types too: only `save` writes it.
+    if recorded != _metadata_sha256(metadata):
+        raise ValueError(f"{METADATA} is damaged (its hash is not the recorded one)")
+    checkpoint = Checkpoint(path=path, **metadata)
+    if path.name != checkpoint.checkpoint_id:
+        raise ValueError(f"is a copy of {checkpoint.checkpoint_id} under another name")
     for name in checkpoint.files:
         # A file named ../../x would be copied out of the folder.
         if name in ("", ".", "..", METADATA) or "/" in name:
@@ -173,48 +202,63 @@ def _copy_file(source: Path, target: Path, sha256: str) -> None:
 
 def writing_place(place: Path, writer: str | None = None) -> Path:
     """Return the hidden folder of a writer, or of this process, for what goes to `place`."""
-    return place.with_name(f".writing-{place.name}-{writer or os.getpid()}")
+    return place.with_name(f".writing-{place.name}-{writer or writer_name()}")
+
+
+def writer_name(part: str = "") -> str:
+    """Return a name for this process, or for a part of it that writes by itself."""
+    return f"{PROCESS_TOKEN}{part}-{os.getpid()}"
+
+
+def has_dead_writer(writing: Path) -> bool:
+    """Whether the process that a hidden folder is named after has ended on this machine."""
+    token, process = writing.name.rsplit("-", 2)[-2:]
+    if not process.isdecimal() or int(process) >= 2**31:
+        return process.isdecimal()
+    if int(process) == os.getpid():
+        return not token.startswith(PROCESS_TOKEN)
+    return not psutil.pid_exists(int(process))
 
 
 def move_into_place(writing: Path, place: Path) -> None:
     """Make a finished folder the checkpoint at `place`, replacing one that is there."""
     replaced = place.with_name(f".replaced-{place.name}")
     if place.exists():
-        # Two renames: what a kill leaves between them, finish_replacements puts right.
+        # Two renames: what a kill leaves between them, tidy_folder puts right.
         place.rename(replaced)
     writing.rename(place)
     flush_folder(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def finish_replacements(folder: Path) -> None:
-    """Finish or undo what was cut short between the two renames of a replacement."""
-    for replaced in folder.glob(".replaced-*"):
+def tidy_folder(folder: Path, is_abandoned: Callable[[Path], bool]) -> None:
+    """Put right what killed writers left: replacements cut short, and their hidden folders.
+
+    What a living writer is at work on is left alone, and so is what is gone by now.
+    """
+    for replaced in folder.glob(".replaced-step_*"):
         place = folder / replaced.name.removeprefix(".replaced-")
+        writings = folder.glob(f".writing-{place.name}-*")
+        if not replaced.is_dir() or not all(is_abandoned(writing) for writing in writings):
+            continue
         if place.exists():
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
-            replaced.rename(place)
-
-
-def remove_leftovers(folder: Path, is_abandoned: Callable[[Path], bool]) -> None:
-    """Remove the hidden folders of writers that are gone."""
+            with contextlib.suppress(FileNotFoundError):
+                replaced.rename(place)
     for writing in folder.glob(".writing-step_*-*"):
         if is_abandoned(writing):
-            shutil.rmtree(writing)
-
-
-def has_dead_writer(writing: Path) -> bool:
-    """Whether the process that a hidden folder is named after has ended on this machine."""
-    process = writing.name.rsplit("-", 1)[1]
-    return process.isdecimal() and not psutil.pid_exists(int(process))
+            shutil.rmtree(writing, ignore_errors=True)
 
 
 def remove_checkpoints(checkpoints: Iterable[Checkpoint], writer: str | None = None) -> None:
     """Remove checkpoints so that a kill never leaves a half-deleted one in sight."""
     for checkpoint in checkpoints:
         doomed = writing_place(checkpoint.path, writer)
-        checkpoint.path.rename(doomed)
+        try:
+            checkpoint.path.rename(doomed)
+        except FileNotFoundError:
+            continue  # someone else has removed it
         shutil.rmtree(doomed)
 
 
@@ -233,6 +277,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def check_loadable(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the key, if a written state cannot be read back safely."""
+    try:
+        read_state(path)
+    except CheckpointError:
+        for key, value in state.items():
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            buffer.seek(0)
+            try:
+                torch.load(buffer, weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError):
+                raise CheckpointError(
+                    f"extra_state['{key}']: {type(value).__name__} holds what cannot be loaded "
+                    "safely; give tensors, numbers, strings, lists and dicts of them"
+                ) from None
+        raise
 
 
 def read_state(path: Path) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
+import operator
+import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,16 +21,18 @@ from svend.pipeline.checkpoint_files import (
     METADATA,
     MODEL,
     Checkpoint,
+    UnreachableError,
+    check_loadable,
     copy_checkpoint,
-    finish_replacements,
     flush_folder,
     has_dead_writer,
+    metadata_bytes,
     move_into_place,
     read_folder,
     read_state,
     reason_of,
     remove_checkpoints,
-    remove_leftovers,
+    tidy_folder,
     verify,
     write_bytes,
     write_state,
@@ -38,6 +42,10 @@ from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, rea
 
 __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
            "Stateful", "verify"]
+
+
+# After each, a drive that vanished during a load is tried again.
+FETCH_PAUSES_SECONDS = (0.5, 2.0, 5.0)
 
 
 class Stateful(Protocol):
@@ -61,16 +69,20 @@ class CheckpointManager:
         best_metric: str = "loss",
         best_metric_mode: str = "min",
     ) -> None:
-        if save_total_limit < 1:
-            raise ConfigError(f"save_total_limit = {save_total_limit}: must be at least 1")
+        if not isinstance(save_total_limit, int) or save_total_limit < 1:
+            raise ConfigError(f"save_total_limit = {save_total_limit!r}: must be at least 1")
         if best_metric_mode not in ("min", "max"):
             raise ConfigError(f"best_metric_mode = '{best_metric_mode}': must be min or max")
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).expanduser().absolute()
         self.save_total_limit = save_total_limit
         self.best_metric = best_metric
         self.best_metric_mode = best_metric_mode
-        finish_replacements(self.output_dir)
-        remove_leftovers(self.output_dir, has_dead_writer)
+        try:
+            tidy_folder(self.output_dir, has_dead_writer)
+        except OSError as error:
+            # What cannot be written may still be read.
+            warnings.warn(f"{self.output_dir}: what killed processes left cannot be removed "
+                          f"({reason_of(error)})", stacklevel=2)
 
     def save(
         self,
@@ -85,8 +97,11 @@ class CheckpointManager:
     ) -> str:
         """Save what is given; return the checkpoint's id, such as `step_00001000`.
 
-        Raises CheckpointError, and leaves what was there, if the disk is full or not writable.
+        Raises CheckpointError, and leaves what was there, if the disk is full or not writable, or
+        if something given could not be loaded again.
         """
+        step, epoch = _whole_number("step", step), _whole_number("epoch", epoch)
+        numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         states["extra_state"] = dict(extra_state or {})
@@ -96,22 +111,31 @@ class CheckpointManager:
             writing.mkdir(parents=True)
             files = {f"{name}.pt": write_state(writing / f"{name}.pt", state)
                      for name, state in states.items()}
+            check_loadable(writing / EXTRA_STATE, states["extra_state"])
             metadata = {
                 "checkpoint_id": checkpoint_id,
+                "sequence": 1 + max((c.sequence for c in self._known()), default=0),
                 "step": step,
                 "epoch": epoch,
-                "metrics": dict(metrics or {}),
+                "metrics": numbers,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": files,
             }
-            write_bytes(writing / METADATA, json.dumps(metadata, indent=1).encode())
+            write_bytes(writing / METADATA, metadata_bytes(metadata))
             flush_folder(writing)
             move_into_place(writing, self.output_dir / checkpoint_id)
+        except CheckpointError:
+            raise
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise CheckpointError(
+                f"{self.output_dir / checkpoint_id}: holds what cannot be saved "
+                f"({reason_of(error)}); give tensors, numbers, strings, lists and dicts of them"
+            ) from error
         except (OSError, RuntimeError) as error:
             # torch.save raises RuntimeError where the disk is full.
             raise CheckpointError(
-                f"{self.output_dir / checkpoint_id}: cannot be written ({reason_of(error)}); free "
-                "disk space or choose another checkpoint_dir; earlier checkpoints are untouched"
+                f"{self.output_dir / checkpoint_id}: cannot be written ({reason_of(error)}); make "
+                "room, or choose another checkpoint_dir; earlier checkpoints are untouched"
             ) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
@@ -119,7 +143,7 @@ class CheckpointManager:
         return checkpoint_id
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints in order of their step, unverified."""
+        """Return the checkpoints from old to new, unverified."""
         found, complaints = read_folder(self.output_dir)
         for complaint in complaints:
             warnings.warn(complaint, stacklevel=2)
@@ -144,6 +168,8 @@ class CheckpointManager:
         for checkpoint in reversed(self._look()):
             try:
                 intact = self._intact(checkpoint)
+            except UnreachableError:
+                raise  # it may well be intact: no reason to go back to an older one
             except CheckpointError as error:
                 warnings.warn(f"{error}; using the one before it", stacklevel=2)
                 continue
@@ -177,18 +203,24 @@ class CheckpointManager:
         parts: dict[str, Stateful | nn.Module | None] = {
             "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
         }
-        for name, part in parts.items():
-            if part is None:
-                continue
-            state = read_state(checkpoint.path / f"{name}.pt")
+        wanted = {name: part for name, part in parts.items() if part is not None}
+        for name in wanted:
+            if f"{name}.pt" not in checkpoint.files:
+                raise CheckpointError(
+                    f"{checkpoint.path}: was saved without {name}.pt; load it without {name}"
+                )
+        # All are read before the first is changed.
+        states = {name: read_state(checkpoint.path / f"{name}.pt") for name in wanted}
+        extra_state = read_state(checkpoint.path / EXTRA_STATE)
+        for name, part in wanted.items():
             try:
-                part.load_state_dict(state)
+                part.load_state_dict(states.pop(name))
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.pt does not fit this {name}: "
                     f"{' '.join(str(error).split())[:300]}"
                 ) from None
-        return checkpoint.step, checkpoint.epoch, read_state(checkpoint.path / EXTRA_STATE)
+        return checkpoint.step, checkpoint.epoch, extra_state
 
     def print_summary(self) -> None:
         """Print a line for each checkpoint, the best one marked."""
@@ -199,6 +231,10 @@ class CheckpointManager:
             mark = "  best" if best and best.checkpoint_id == checkpoint.checkpoint_id else ""
             size = f"{checkpoint.bytes / 1e6:.0f} MB"
             print(f"  {checkpoint.checkpoint_id}  {checkpoint.created}  {size}  {metrics}{mark}")
+
+    def _known(self) -> list[Checkpoint]:
+        """Return every checkpoint whose number the next one must exceed."""
+        return read_folder(self.output_dir)[0]
 
     def _look(self) -> list[Checkpoint]:
         """Return the checkpoints as they are at this moment, in order of their step."""
@@ -213,7 +249,7 @@ class CheckpointManager:
         measured = [c for c in checkpoints
                     if math.isfinite(c.metrics.get(self.best_metric, math.nan))]
         sign = 1 if self.best_metric_mode == "min" else -1
-        return min(measured, key=lambda c: (sign * c.metrics[self.best_metric], -c.step),
+        return min(measured, key=lambda c: (sign * c.metrics[self.best_metric], -c.sequence),
                    default=None)
 
     def _worth_keeping(self, checkpoints: Sequence[Checkpoint]) -> set[str]:
@@ -226,10 +262,18 @@ class CheckpointManager:
         """Do what a new checkpoint calls for."""
         self._prune({checkpoint_id})
 
-    def _prune(self, spared: set[str]) -> None:
+    def _prune(self, spared: set[str]) -> list[Checkpoint]:
+        """Remove what is not worth keeping, and return it."""
         checkpoints, _ = read_folder(self.output_dir)
         kept = self._worth_keeping(checkpoints) | spared
-        remove_checkpoints(c for c in checkpoints if c.checkpoint_id not in kept)
+        superfluous = [c for c in checkpoints if c.checkpoint_id not in kept]
+        try:
+            remove_checkpoints(superfluous)
+        except OSError as error:
+            # The new one is saved: the run goes on, and the next save tries again.
+            warnings.warn(f"{self.output_dir}: an old checkpoint cannot be removed "
+                          f"({reason_of(error)})", stacklevel=4)
+        return superfluous
 
 
 class DriveCheckpointManager(CheckpointManager):
@@ -253,7 +297,10 @@ class DriveCheckpointManager(CheckpointManager):
         Without a `local_cache`, each `drive_path` has its own under ~/.cache/svend.
         """
         self.drive_path = Path(drive_path).expanduser().absolute()
-        cache = Path(local_cache).expanduser() if local_cache else own_cache(self.drive_path)
+        cache = Path(local_cache).expanduser().absolute() if local_cache else own_cache(
+            self.drive_path)
+        if cache == self.drive_path:
+            raise ConfigError(f"local_cache = {local_cache}: is drive_path itself; choose another")
         super().__init__(cache, save_total_limit, best_metric, best_metric_mode)
         reach_drive(self.drive_path)
         claim_cache(cache, self.drive_path)
@@ -269,7 +316,7 @@ class DriveCheckpointManager(CheckpointManager):
     def flush(self, timeout_seconds: float = 600.0) -> bool:
         """Wait until every checkpoint has arrived; return whether all have."""
         arrived = self._copier.flush(timeout_seconds)
-        self._prune(self._copier.in_flight)
+        self._prune_cache(self._copier.in_flight)
         return arrived
 
     def close(self, timeout_seconds: float = 600.0) -> bool:
@@ -280,7 +327,7 @@ class DriveCheckpointManager(CheckpointManager):
         return self._copier.close(timeout_seconds)
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints of both sides in order of their step, unverified.
+        """Return the checkpoints of both sides from old to new, unverified.
 
         The drive's are those of the last look at it, for it may be slow: loading and every
         finished copy look anew.
@@ -297,7 +344,13 @@ class DriveCheckpointManager(CheckpointManager):
     def _saved(self, checkpoint_id: str) -> None:
         self._copier.add(checkpoint_id)
         # A drive slower than the training would otherwise never see a copy finished.
-        self._prune({checkpoint_id} | self._copier.in_flight)
+        self._prune_cache({checkpoint_id} | self._copier.in_flight)
+
+    def _prune_cache(self, spared: set[str]) -> None:
+        self._copier.forget(c.checkpoint_id for c in self._prune(spared))
+
+    def _known(self) -> list[Checkpoint]:
+        return [*super()._known(), *self._copier.on_drive]
 
     def _look(self) -> list[Checkpoint]:
         try:
@@ -343,13 +396,43 @@ class DriveCheckpointManager(CheckpointManager):
         if checkpoint.path.parent == self.output_dir:
             verify(checkpoint)
             return checkpoint
+        for pause_seconds in FETCH_PAUSES_SECONDS:
+            try:
+                return self._fetched(checkpoint)
+            except (OSError, CheckpointError):
+                if self._copier.is_there(checkpoint):
+                    raise
+            time.sleep(pause_seconds)
+        raise UnreachableError(
+            f"{checkpoint.path}: the drive went away while it was read; mount it and try again"
+        )
+
+    def _fetched(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a verified copy in the cache, or the drive's own where the cache is full."""
         try:
             fetched = copy_checkpoint(checkpoint, self.output_dir)
         except OSError as error:
             # A full cache is no reason to go back to an older state.
             verify(checkpoint)
             warnings.warn(f"{checkpoint.path}: read from the drive, for it cannot be copied to "
-                          f"{self.output_dir} ({reason_of(error)})", stacklevel=4)
+                          f"{self.output_dir} ({reason_of(error)})", stacklevel=5)
             fetched = checkpoint
         self._copier.note_verified(checkpoint.checkpoint_id)
         return fetched
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise CheckpointError(f"{name} = {value!r}: must be a whole number of at least 0")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise CheckpointError(f"metrics['{name}'] = {value!r}: must be a number") from None

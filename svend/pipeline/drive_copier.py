@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import hashlib
 import importlib
 import itertools
 import logging
 import os
-import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from svend.errors import CheckpointError
 from svend.pipeline.checkpoint_files import (
     Checkpoint,
     copy_checkpoint,
-    finish_replacements,
     has_full_length,
     read_folder,
     read_metadata,
     reason_of,
     remove_checkpoints,
-    remove_leftovers,
+    tidy_folder,
     write_bytes,
+    writer_name,
 )
 
 MOUNT_POINT = Path("/content/drive")  # where Colab's notebooks have Google Drive
@@ -45,15 +45,15 @@ def reach_drive(drive_path: Path) -> None:
     try:
         mount_google_drive(drive_path)
         drive_path.mkdir(parents=True, exist_ok=True)
-        finish_replacements(drive_path)
-        # One run writes here; another machine's process ids mean nothing, so all is abandoned.
-        # A copier that is in fact at work loses its attempt, and makes another.
-        remove_leftovers(drive_path, lambda _: True)
     except OSError as error:
         raise CheckpointError(
             f"{drive_path}: cannot be used ({reason_of(error)}); give drive_path a folder that "
             "exists and can be written, or mount the drive first"
         ) from error
+    # One run writes here; another machine's process ids mean nothing, so all is abandoned. A
+    # copier that is in fact at work loses its attempt, and makes another.
+    with contextlib.suppress(OSError):  # a drive that cannot be written may still be read
+        tidy_folder(drive_path, lambda _: True)
 
 
 def is_on_google_drive(path: Path) -> bool:
@@ -68,16 +68,16 @@ def mount_google_drive(drive_path: Path) -> None:
     """
     if not is_on_google_drive(drive_path):
         return
-    if MOUNT_POINT.is_mount() or (MOUNT_POINT / "MyDrive").is_dir():
+    # A folder of that name on the local disk is not Drive, whatever it holds.
+    if MOUNT_POINT.is_mount():
         return
     try:
         drive = importlib.import_module("google.colab.drive")
     except ImportError:
-        if MOUNT_POINT.is_dir():
-            return
         raise CheckpointError(
-            f"{drive_path}: {MOUNT_POINT} does not exist, and google.colab, which could mount it, "
-            "is not installed here; give drive_path a folder that exists, or mount the drive first"
+            f"{drive_path}: nothing is mounted at {MOUNT_POINT}, and google.colab, which could "
+            "mount Google Drive there, is not installed here; give a folder elsewhere, or mount "
+            "the drive first"
         ) from None
     try:
         drive.mount(str(MOUNT_POINT))
@@ -105,8 +105,9 @@ def claim_cache(cache: Path, drive_path: Path) -> None:
     claim = cache / ".drive_path"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        owner = claim.read_text(encoding="utf-8") if claim.exists() else None
-        if owner is None:
+        # An empty one was cut short by a kill.
+        owner = claim.read_text(encoding="utf-8") if claim.exists() else ""
+        if not owner:
             write_bytes(claim, str(drive_path).encode())
     except OSError as error:
         raise CheckpointError(
@@ -114,6 +115,15 @@ def claim_cache(cache: Path, drive_path: Path) -> None:
         ) from error
     if owner and owner != str(drive_path):
         raise CheckpointError(f"{cache}: is the cache of {owner}; choose another local_cache")
+
+
+def _mount_of(folder: Path) -> Path | None:
+    """Return the mount point that a folder lies under, None for the machine's own disk."""
+    mounts = (path for path in (folder, *folder.parents[:-1]) if path.is_mount())
+    return next(mounts, None)
+
+
+_copiers = itertools.count()
 
 
 class DriveCopier:
@@ -132,8 +142,9 @@ class DriveCopier:
         self._cache = cache
         self._drive = drive
         self._worth_keeping = worth_keeping
-        self._drive_is_mount = drive.is_mount()
-        self._writer = f"{secrets.token_hex(4)}-{os.getpid()}"
+        self._mount = _mount_of(drive)
+        self._process = os.getpid()
+        self._writer = writer_name(f".{next(_copiers)}")
         self._tickets = itertools.count()
         # Guards what follows, and wakes whoever waits for a change of it.
         self._changed = threading.Condition()
@@ -162,6 +173,21 @@ class DriveCopier:
                 atexit.unregister(self.close)
                 atexit.register(self.close)
 
+    def forget(self, checkpoint_ids: Iterable[str]) -> None:
+        """Copy these no more: they have been removed from the cache as superfluous."""
+        with self._changed:
+            for checkpoint_id in checkpoint_ids:
+                self._pending.pop(checkpoint_id, None)
+            self._changed.notify_all()
+
+    def is_there(self, checkpoint: Checkpoint) -> bool:
+        """Whether the drive answers, and still lists this checkpoint."""
+        try:
+            self.look()
+        except OSError:
+            return False
+        return any(c.is_copy_of(checkpoint) for c in self.on_drive)
+
     def waiting(self) -> list[str]:
         """Return the ids of what has not arrived yet."""
         with self._changed:
@@ -171,7 +197,7 @@ class DriveCopier:
         """Whether the drive, as last seen, has this or a later save of the step in full length."""
         return any(
             c.checkpoint_id == checkpoint.checkpoint_id and has_full_length(c)
-            and (c.created > checkpoint.created or c.is_copy_of(checkpoint))
+            and (c.age_key > checkpoint.age_key or c.is_copy_of(checkpoint))
             for c in self.on_drive
         )
 
@@ -196,6 +222,8 @@ class DriveCopier:
     def close(self, timeout_seconds: float = 600.0) -> bool:
         """Wait as `flush` does, but less for a drive that is away, then give up what is left."""
         atexit.unregister(self.close)
+        if os.getpid() != self._process:
+            return True  # a fork has no copying thread, and its parent waits
         arrived = self._wait(timeout_seconds, AWAY_PATIENCE_SECONDS)
         with self._changed:
             self._is_stopping = True
@@ -229,6 +257,13 @@ class DriveCopier:
             except CheckpointError as error:
                 _log.warning("%s; not copied to %s", error, self._drive)
                 self._settle(checkpoint_id, ticket, arrived=False)
+            except BaseException:
+                # A bug: whoever waits must not wait for a thread that is gone.
+                with self._changed:
+                    self._given_up |= set(self._pending)
+                    self._pending.clear()
+                    self._changed.notify_all()
+                raise
             else:
                 self._settle(checkpoint_id, ticket, arrived=True)
 
@@ -237,14 +272,14 @@ class DriveCopier:
             if self._is_stopping or not self._pending:
                 self._thread = None
                 return None
-            newest = max(self._pending)
+            newest = max(self._pending, key=lambda pending: self._pending[pending])
             self.in_flight = {newest}
             return newest, self._pending[newest]
 
     def _settle(self, checkpoint_id: str, ticket: int, *, arrived: bool) -> None:
         with self._changed:
             self.in_flight = set()
-            if self._pending[checkpoint_id] == ticket:
+            if self._pending.get(checkpoint_id) == ticket:
                 del self._pending[checkpoint_id]
                 if not arrived:
                     self._given_up.add(checkpoint_id)
@@ -273,11 +308,13 @@ class DriveCopier:
         while (source := self._find(checkpoint_id)) is not None:
             try:
                 self._deliver(source)
-                break
+                return
             except (OSError, CheckpointError):
                 # Pruned or saved anew in the meantime: no fault of either folder.
                 if self._find(checkpoint_id) == source:
                     raise
+        if checkpoint_id in self._pending:
+            raise CheckpointError(f"{self._cache / checkpoint_id}: vanished from the cache")
 
     def _find(self, checkpoint_id: str) -> Checkpoint | None:
         path = self._cache / checkpoint_id
@@ -285,25 +322,32 @@ class DriveCopier:
             return read_metadata(path)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: not a checkpoint ({error})") from error
 
     def _deliver(self, source: Checkpoint) -> None:
-        finish_replacements(self._drive)
-        remove_leftovers(self._drive, lambda path: path.name.endswith(self._writer))
+        self.look()
+        tidy_folder(self._drive, lambda path: path.name.endswith(self._writer))
         self.look()
         if not self.has(source):
-            copy_checkpoint(source, self._drive, self._writer)
+            try:
+                copy_checkpoint(source, self._drive, self._writer)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    self._prune(source)  # the next attempt finds the room
+                raise
             self._verified.add(source.checkpoint_id)
         self._prune()
 
-    def _prune(self) -> None:
+    def _prune(self, coming: Checkpoint | None = None) -> None:
+        """Remove what is not worth keeping, and what will not be when `coming` has come."""
         self.look()
         # Damaged ones are left for the user to see, and do not take the place of others.
         complete = [c for c in self.on_drive if has_full_length(c)]
-        kept = self._worth_keeping(complete)
+        kept = self._worth_keeping([*complete, *([coming] if coming else [])])
         # Full length is not yet intact: one that was read back stays, whatever its age.
-        kept |= set(sorted(self._verified & {c.checkpoint_id for c in complete})[-1:])
+        read_back = [c.checkpoint_id for c in complete if c.checkpoint_id in self._verified]
+        kept |= set(read_back[-1:])
         superfluous = [c for c in complete if c.checkpoint_id not in kept]
         if superfluous:
             remove_checkpoints(superfluous, self._writer)
@@ -316,5 +360,5 @@ class DriveCopier:
         """
         if not self._drive.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the folder is not there", str(self._drive))
-        if self._drive_is_mount and not self._drive.is_mount():
-            raise OSError(errno.ENOTCONN, "nothing is mounted there", str(self._drive))
+        if self._mount is not None and not self._mount.is_mount():
+            raise OSError(errno.ENOTCONN, "nothing is mounted there", str(self._mount))

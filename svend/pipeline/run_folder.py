@@ -86,7 +86,7 @@ class RunFolder:
         for folder in reversed(list(_existing(checkpoint_dir, experiment))):
             if folder.identity.scale != scale:
                 continue
-            if not folder.identity.finished and any(folder.path.glob("step_*")):
+            if not folder.identity.finished and _has_checkpoint(folder.path):
                 return folder
             finished = finished or (folder if folder.identity.finished else None)
         where = _path(checkpoint_dir, experiment, 1).absolute()
@@ -153,7 +153,7 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first checkpoint."""
-        if not any(self.path.glob("step_*")):
+        if not _has_checkpoint(self.path):
             for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
@@ -187,6 +187,11 @@ class RunFolder:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(self.path / RUN_FILE)
+
+
+def _has_checkpoint(path: Path) -> bool:
+    """Whether there is one, or one that was being replaced when the process was killed."""
+    return any(path.glob("step_*")) or any(path.glob(".replaced-step_*"))
 
 
 def _path(checkpoint_dir: str, experiment: str, number: int) -> Path:
