@@ -23,6 +23,7 @@ from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import DataConfig, Precision, Schedule, TrainingConfig
+from svend.training.clipping import clip_gradients
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
@@ -426,3 +427,36 @@ def test_evaluating_leaves_mode_random_state_weights_and_gradients_as_they_were(
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {parameter.grad for parameter in model.parameters()} == {None}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
+    max_norm=st.sampled_from([0.1, 1.0, 100.0]),
+    seed=st.integers(0, 99),
+)
+def test_clipping_equals_torchs(
+    sizes: list[int], scale: float, max_norm: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [scale * torch.randn(size, 2, generator=generator) for size in sizes]
+
+    def parameters() -> list[torch.Tensor]:
+        made = [torch.zeros_like(gradient, requires_grad=True) for gradient in drawn]
+        for parameter, gradient in zip(made, drawn, strict=True):
+            parameter.grad = gradient.clone()
+        return [*made, torch.zeros(3, requires_grad=True)]
+
+    ours, theirs = parameters(), parameters()
+    norm = clip_gradients(ours, max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_is_reported(bad: float) -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    parameter.grad = torch.tensor([1.0, bad, 1.0])
+    assert not math.isfinite(float(clip_gradients([parameter], 1.0)))

@@ -7,7 +7,8 @@ The backward pass is FlashAttention's (Dao et al. 2022, arXiv 2205.14135, algori
 matrix products: it stores the row's normaliser, not its probabilities.
 
 Shape suffixes: B batch, T positions, H query heads, K key/value heads, S head size, G query heads
-per key/value head, R queries of a block, W keys that a block sees.
+per key/value head, R queries of a block, N the queries of a block in all heads of a group, W keys
+that a block sees.
 """
 
 from __future__ import annotations
@@ -40,25 +41,29 @@ def attend(
         q_BHTS,
         k_BKTS.repeat_interleave(group, dim=1),
         v_BKTS.repeat_interleave(group, dim=1),
-        attn_mask=_mask(starts_BT, slice(0, q_BHTS.shape[2]), 0, q_BHTS.dtype),
+        attn_mask=_mask(starts_BT, slice(0, q_BHTS.shape[2]), 0, q_BHTS.dtype)[:, None],
         dropout_p=dropout,
     )
 
 
 def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of a block, (batch, 1, queries, keys): 0 or minus infinity."""
-    query_R1 = torch.arange(queries.start, queries.stop, device=starts_BT.device)[:, None]
-    key_W = torch.arange(first_key, queries.stop, device=starts_BT.device)
-    seen_BRW = (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None])
-    mask_BRW = torch.zeros(seen_BRW.shape, dtype=dtype, device=starts_BT.device)
-    return mask_BRW.masked_fill_(~seen_BRW, -math.inf)[:, None]
+    """What is added to the scores of a block, (batch, queries, keys): 0 or minus infinity."""
+    place = {"dtype": torch.int32, "device": starts_BT.device}
+    query_R1 = torch.arange(queries.start, queries.stop, **place)[:, None]
+    key_W = torch.arange(first_key, queries.stop, **place)
+    seen_BRW = (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None].int())
+    seen, unseen = torch.tensor((0.0, -math.inf), dtype=dtype, device=starts_BT.device)
+    return torch.where(seen_BRW, seen, unseen)
 
 
 def _blocks(starts_BT: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block, and the keys that any of them sees."""
+    """Yield the queries of each block, and the keys that any of them sees.
+
+    The last first: of sizes that are equal at first the compiler would take that they always are.
+    """
     length = starts_BT.shape[1]
     firsts_T = starts_BT.amin(dim=0)
-    for start in range(0, length, QUERY_BLOCK):
+    for start in reversed(range(0, length, QUERY_BLOCK)):
         stop = min(length, start + QUERY_BLOCK)
         yield slice(start, stop), slice(int(firsts_T[start:stop].min()), stop)
 
@@ -76,7 +81,7 @@ def _attend_blockwise(
         out_BHTS[:, :, queries], log_z_BHT[:, :, queries] = (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q_BHTS[:, :, queries], k_BKTS[:, :, keys], v_BKTS[:, :, keys],
-                attn_mask=_mask(starts_BT, queries, keys.start, q_BHTS.dtype),
+                attn_mask=_mask(starts_BT, queries, keys.start, q_BHTS.dtype)[:, None],
             )
         )
     return out_BHTS, log_z_BHT
@@ -89,14 +94,16 @@ def _(q_BHTS: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _score_gradients(
-    scores: Tensor, grad_probabilities: Tensor, log_z: Tensor, delta: Tensor, mask: Tensor,
-    scale: float,
+    scores_BKGRW: Tensor, grad_p_BKGRW: Tensor, log_z_BKGR: Tensor, grad_BKGRS: Tensor,
+    out_BKGRS: Tensor, mask_BRW: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the probabilities, and the gradient of the unscaled scores, as the scores are."""
-    dtype = scores.dtype
-    probabilities = scores.float().mul_(scale).add_(mask).sub_(log_z).exp_()
-    grad_scores = grad_probabilities.float().sub_(delta).mul_(probabilities).mul_(scale)
-    return probabilities.to(dtype), grad_scores.to(dtype)
+    dtype = scores_BKGRW.dtype
+    p_BKGRW = scores_BKGRW.float().mul_(scale).add_(mask_BRW[:, None, None])
+    p_BKGRW = p_BKGRW.sub_(log_z_BKGR[..., None]).exp_()
+    delta_BKGR1 = (grad_BKGRS.float() * out_BKGRS.float()).sum(dim=-1, keepdim=True)
+    grad_scores_BKGRW = grad_p_BKGRW.float().sub_(delta_BKGR1).mul_(p_BKGRW).mul_(scale)
+    return p_BKGRW.to(dtype), grad_scores_BKGRW.to(dtype)
 
 
 @cache
@@ -112,7 +119,6 @@ def _attend_blockwise_backward(
     batch, heads, _, size = q_BHTS.shape
     kv_heads = k_BKTS.shape[1]
     score_gradients = _fused_score_gradients() if fused else _score_gradients
-    delta_BHT = (grad_BHTS.float() * out_BHTS.float()).sum(dim=-1)
     grad_q_BHTS = torch.empty_like(q_BHTS, memory_format=torch.contiguous_format)
     # Summed over blocks, in fp32.
     grad_k_BKTS = torch.zeros(k_BKTS.shape, dtype=torch.float32)
@@ -120,20 +126,18 @@ def _attend_blockwise_backward(
     for queries, keys in _blocks(starts_BT):
         rows = queries.stop - queries.start
 
-        def by_group(x: Tensor, queries: slice = queries, rows: int = rows) -> Tensor:
-            """Put the query heads that share a key head side by side: (B, K, G, R, ...)."""
-            return x[:, :, queries].reshape(batch, kv_heads, -1, rows, *x.shape[3:])
+        def by_group(x: Tensor, queries: slice = queries) -> Tensor:
+            """Put the query heads that share a key head side by side: (B, K, N, ...)."""
+            return x[:, :, queries].reshape(batch, kv_heads, -1, *x.shape[3:])
 
-        q_BKNS = by_group(q_BHTS).flatten(2, 3)
-        grad_BKNS = by_group(grad_BHTS).flatten(2, 3)
+        q_BKNS, grad_BKNS, out_BKNS = by_group(q_BHTS), by_group(grad_BHTS), by_group(out_BHTS)
         k_BKWS, v_BKWS = k_BKTS[:, :, keys], v_BKTS[:, :, keys]
-        grouped = (batch, kv_heads, heads // kv_heads, rows, -1)
+        # None is a view of a longer row, to whose length the compiler would bind itself.
         p_BKGRW, grad_s_BKGRW = score_gradients(
-            (q_BKNS @ k_BKWS.mT).view(grouped),
-            (grad_BKNS @ v_BKWS.mT).view(grouped),
-            by_group(log_z_BHT)[..., None],
-            by_group(delta_BHT)[..., None],
-            _mask(starts_BT, queries, keys.start, torch.float32)[:, :, None],
+            *(x.unflatten(2, (-1, rows)) for x in (
+                q_BKNS @ k_BKWS.mT, grad_BKNS @ v_BKWS.mT, by_group(log_z_BHT), grad_BKNS, out_BKNS
+            )),
+            _mask(starts_BT, queries, keys.start, q_BHTS.dtype),
             1 / math.sqrt(size),
         )
         p_BKNW, grad_s_BKNW = p_BKGRW.flatten(2, 3), grad_s_BKGRW.flatten(2, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,40 +18,42 @@ CHUNK_ROWS = 2048
 SLICE_ROWS = 256
 
 
-def _replace_by_gradient(logits_RV: Tensor, target_R1: Tensor) -> Tensor:
-    """Return each row's negative log-likelihood, (rows, 1); leave its gradient in the logits."""
-    log_p_RV = logits_RV.float().log_softmax(dim=1)
-    one_hot_RV = torch.arange(logits_RV.shape[1], device=logits_RV.device) == target_R1
-    logits_RV.copy_(log_p_RV.exp() - one_hot_RV.float())
-    return -log_p_RV.gather(1, target_R1)
+def _replace_by_probabilities(logits_RV: Tensor) -> Tensor:
+    """Leave each row's probabilities in the logits; return their log-normaliser, (rows, 1)."""
+    log_z_R1 = logits_RV.float().logsumexp(dim=1, keepdim=True)
+    logits_RV.copy_(logits_RV.softmax(dim=1))
+    return log_z_R1
 
 
-def _replace_by_gradient_eagerly(logits_RV: Tensor, target_R1: Tensor) -> Tensor:
-    """Do the same without a compiler, in as few passes over the logits as there can be."""
-    log_p_RV = logits_RV.float().log_softmax(dim=1)
-    nll_R1 = -log_p_RV.gather(1, target_R1)
-    p_RV = log_p_RV.exp_()
-    p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand_as(target_R1))
-    logits_RV.copy_(p_RV)
-    return nll_R1
+def _replace_by_probabilities_in_one_pass(logits_RV: Tensor) -> Tensor:
+    """Do the same, for a compiler: twice as fast as what it makes of log_softmax and exp."""
+    wide_RV = logits_RV.float()
+    highest_R1 = wide_RV.amax(dim=1, keepdim=True)
+    exponentials_RV = (wide_RV - highest_R1).exp()
+    z_R1 = exponentials_RV.sum(dim=1, keepdim=True)
+    logits_RV.copy_(exponentials_RV * (1 / z_R1))
+    return highest_R1 + z_R1.log()
 
 
 @cache
-def _fused_replace_by_gradient() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_replace_by_gradient, dynamic=False)
+def _fused_replace_by_probabilities() -> Callable[[Tensor], Tensor]:
+    return torch.compile(_replace_by_probabilities_in_one_pass, dynamic=False)
 
 
-def _to_gradient(logits_CV: Tensor, target_C1: Tensor, fused: bool) -> Tensor:
-    """Turn logits into their gradient, slice by slice; return the negative log-likelihoods."""
-    nll = []
-    for logits_RV, target_R1 in zip(
-        torch.split(logits_CV, SLICE_ROWS), torch.split(target_C1, SLICE_ROWS), strict=True
-    ):
+def _replace_by_gradient(logits_CV: Tensor, target_C1: Tensor, fused: bool) -> Tensor:
+    """Turn logits into their gradient; return the negative log-likelihoods, (rows, 1)."""
+    logit_C1 = logits_CV.gather(1, target_C1).float()
+    log_z = []
+    for logits_RV in torch.split(logits_CV, SLICE_ROWS):
         # One compiled shape: a last slice of fewer rows goes without.
         compiled = fused and len(logits_RV) == SLICE_ROWS
-        replace = _fused_replace_by_gradient() if compiled else _replace_by_gradient_eagerly
-        nll.append(replace(logits_RV, target_R1))
-    return torch.cat(nll)
+        replace = _fused_replace_by_probabilities() if compiled else _replace_by_probabilities
+        log_z.append(replace(logits_RV))
+    nll_C1 = torch.cat(log_z) - logit_C1
+    # The target's entry anew: 1 less than a rounded probability is not the gradient, rounded.
+    rows_C = torch.arange(len(logits_CV), device=logits_CV.device)
+    logits_CV[rows_C, target_C1.squeeze(1)] = torch.expm1(-nll_C1).squeeze(1).to(logits_CV.dtype)
+    return nll_C1
 
 
 def _negative_log_likelihood(logits_CV: Tensor, target_C1: Tensor) -> Tensor:
@@ -63,13 +65,14 @@ def _negative_log_likelihood(logits_CV: Tensor, target_C1: Tensor) -> Tensor:
     ])
 
 
-def _transpose_and_scale(grad_w_DV: Tensor, scale: Tensor) -> Tensor:
-    return torch.mul(grad_w_DV.T, scale).contiguous()
+def _sum_transposed(products_DV: Sequence[Tensor], scale: Tensor) -> Tensor:
+    summed_DV = sum(product_DV.float() for product_DV in products_DV)
+    return torch.mul(torch.as_tensor(summed_DV).T, scale).contiguous()
 
 
 @cache
-def _fused_transpose_and_scale() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_transpose_and_scale, dynamic=False)
+def _fused_sum_transposed() -> Callable[[Sequence[Tensor], Tensor], Tensor]:
+    return torch.compile(_sum_transposed, dynamic=False)
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
@@ -88,8 +91,9 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         w_VD = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_x_ND = torch.empty_like(x_ND) if needs_x else None
-        # Transposed, for x^T times the gradient is twice as fast as its transpose times x.
-        grad_w_DV: Tensor | None = None
+        # Transposed, for x^T times the gradient is twice as fast as its transpose times x. The last
+        # two are summed in the backward pass, on the way.
+        products_DV: list[Tensor] = []
         for start in range(0, x_ND.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             x_CD, labels_C1 = x_ND[rows], labels_N[rows].unsqueeze(1)
@@ -100,17 +104,16 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
                 nll_C1 = _negative_log_likelihood(logits_CV, target_C1)
                 loss += torch.where(counted_C1, nll_C1, 0.0).sum()
                 continue
-            nll_C1 = _to_gradient(logits_CV, target_C1, fused)
+            nll_C1 = _replace_by_gradient(logits_CV, target_C1, fused)
             loss += torch.where(counted_C1, nll_C1, 0.0).sum()
             # What does not count is left out on the narrow side of the products.
             if grad_x_ND is not None:
                 grad_x_ND[rows] = torch.where(counted_C1, logits_CV @ w_VD, 0.0)
             if needs_weight:
-                product_DV = torch.where(counted_C1, x_CD, 0.0).T.contiguous() @ logits_CV
-                grad_w_DV = (
-                    product_DV.float() if grad_w_DV is None else grad_w_DV.add_(product_DV)
-                )
-        ctx.save_for_backward(grad_x_ND, grad_w_DV)
+                products_DV.append(torch.where(counted_C1, x_CD, 0.0).T.contiguous() @ logits_CV)
+                if len(products_DV) > 2:
+                    products_DV[0] = products_DV[0].float().add_(products_DV.pop(1))
+        ctx.save_for_backward(grad_x_ND, *products_DV)
         ctx.fused = fused
         return loss
 
@@ -120,13 +123,13 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         if grad is None:
             return None, None, None, None
-        grad_x_ND, grad_w_DV = ctx.saved_tensors
+        grad_x_ND, *products_DV = ctx.saved_tensors
         # A scalar does not promote: the product keeps grad_x's dtype, with the scale in fp32.
         scaled_x_ND = None if grad_x_ND is None else grad_x_ND * grad
         scaled_w_VD = None
-        if grad_w_DV is not None:
-            scale = _fused_transpose_and_scale() if ctx.fused else _transpose_and_scale
-            scaled_w_VD = scale(grad_w_DV, grad)
+        if products_DV:
+            sum_transposed = _fused_sum_transposed() if ctx.fused else _sum_transposed
+            scaled_w_VD = sum_transposed(products_DV, grad)
         return scaled_x_ND, scaled_w_VD, None, None
 
 

@@ -205,7 +205,7 @@ class ReasoningTransformer(nn.Module):
         Seconds instead of a compilation per layer.
         """
         self.fused = True
-        for block in self.blocks:
+        for block in (*self.blocks, self.final_norm):
             block.compile(dynamic=False)
 
 

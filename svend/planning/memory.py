@@ -101,7 +101,7 @@ def _activation_bytes_per_token(
 def _head_bytes(model: ModelConfig, tokens: int, width: int) -> int:
     """A chunk of logits, a slice of it in two fp32 forms, and the head's gradient.
 
-    The gradient is there twice beside the parameter's own: as it is summed, and scaled.
+    The gradient is there twice beside the parameter's own: the sum so far, and what is to be added.
     """
     logits = model.vocab_size * (
         min(tokens, CHUNK_ROWS) * width + min(tokens, SLICE_ROWS) * 2 * FP32_BYTES

@@ -16,6 +16,7 @@ from torch import Tensor
 from svend.device import autocast
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import TrainingConfig
+from svend.training.clipping import clip_gradients
 from svend.training.state import TrainState
 
 
@@ -81,7 +82,7 @@ def _update(state: TrainState, max_grad_norm: float) -> Tensor:
     """Clip, step the optimizer and the schedule; return the gradient norm before clipping."""
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
-    gradient_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_grad_norm)
+    gradient_norm = clip_gradients(state.model.parameters(), max_grad_norm)
     stepped = True
     if state.scaler is not None:
         scale = state.scaler.get_scale()
