@@ -48,9 +48,8 @@ def attend(
 
 def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of a block, (batch, queries, keys): 0 or minus infinity."""
-    place = {"dtype": torch.int32, "device": starts_BT.device}
-    query_R1 = torch.arange(queries.start, queries.stop, **place)[:, None]
-    key_W = torch.arange(first_key, queries.stop, **place)
+    key_W = torch.arange(first_key, queries.stop, dtype=torch.int32, device=starts_BT.device)
+    query_R1 = key_W[queries.start - first_key :, None]
     seen_BRW = (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None].int())
     seen, unseen = torch.tensor((0.0, -math.inf), dtype=dtype, device=starts_BT.device)
     return torch.where(seen_BRW, seen, unseen)
@@ -130,13 +129,18 @@ def _attend_blockwise_backward(
             """Put the query heads that share a key head side by side: (B, K, N, ...)."""
             return x[:, :, queries].reshape(batch, kv_heads, -1, *x.shape[3:])
 
+        def by_row(x: Tensor, rows: int = rows) -> Tensor:
+            return x.view(batch, kv_heads, -1, rows, *x.shape[3:])
+
         q_BKNS, grad_BKNS, out_BKNS = by_group(q_BHTS), by_group(grad_BHTS), by_group(out_BHTS)
         k_BKWS, v_BKWS = k_BKTS[:, :, keys], v_BKTS[:, :, keys]
         # None is a view of a longer row, to whose length the compiler would bind itself.
         p_BKGRW, grad_s_BKGRW = score_gradients(
-            *(x.unflatten(2, (-1, rows)) for x in (
-                q_BKNS @ k_BKWS.mT, grad_BKNS @ v_BKWS.mT, by_group(log_z_BHT), grad_BKNS, out_BKNS
-            )),
+            by_row(q_BKNS @ k_BKWS.mT),
+            by_row(grad_BKNS @ v_BKWS.mT),
+            by_row(by_group(log_z_BHT)),
+            by_row(grad_BKNS),
+            by_row(out_BKNS),
             _mask(starts_BT, queries, keys.start, q_BHTS.dtype),
             1 / math.sqrt(size),
         )
