@@ -29,7 +29,7 @@ GROUP_HELP = {
     "scale": "rung of the ladder",
     "data": "data recipe",
     "gates": "gate set",
-    "profile": "size of the run; the scale's own where left out",
+    "preset": "size of the run; the scale's own where left out",
 }
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="true", default="false", metavar="true|false",
         help="go on with the newest unfinished run of this experiment and scale",
     )
+    train.add_argument(
+        "--profile", nargs="?", const="true", metavar="true|false",
+        help="trace three steps, and list the ten most expensive parts",
+    )
     bench = commands.add_parser("bench", help="time the training step beside its peers",
                                 description="Benchmarks, side by side with the peers.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -121,7 +125,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         resume = getattr(known, "resume", "false")
         if resume not in ("true", "false"):
             raise ConfigError(f"resume = {resume}: must be true or false")
-        config = load_config(groups, _overrides(rest))
+        overrides = _overrides(rest)
+        if getattr(known, "profile", None) is not None:
+            overrides.append(("training.profile", known.profile))
+        config = load_config(groups, overrides)
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import PipelineRunner
 

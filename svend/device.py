@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from svend.errors import ResourceError
 from svend.pipeline.config import Device, Precision
@@ -53,6 +54,13 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     if precision is Precision.FP32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on the device; to CUDA by way of pinned memory, without waiting."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def describe_device(device: torch.device) -> str:

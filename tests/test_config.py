@@ -108,7 +108,7 @@ def test_scales_grow_from_rung_to_rung() -> None:
 
 
 LAYERS = ["config.yaml", "scale/tiny.yaml", "data/embedded.yaml", "gates/guide.yaml",
-          "profile/laptop.yaml"]
+          "preset/laptop.yaml"]
 
 
 @pytest.fixture
@@ -156,12 +156,12 @@ def test_schema_defaults_fill_what_no_file_states(own_conf: Path) -> None:
 
 
 def test_a_scale_names_its_own_profile_and_the_command_line_another() -> None:
-    assert load_config().profile == "laptop"
+    assert load_config().preset == "laptop"
     assert load_config().training.batch_size == 4
-    full = load_config({"profile": "full"})
-    assert full.profile == "full"
+    full = load_config({"preset": "full"})
+    assert full.preset == "full"
     assert full.training.batch_size == 8
-    assert load_config({"scale": "small"}).profile == "full"
+    assert load_config({"scale": "small"}).preset == "full"
 
 
 def test_the_last_of_several_overrides_of_a_key_wins() -> None:
@@ -458,7 +458,7 @@ def test_a_bad_override_is_refused_in_one_line_that_names_it(
     ({"scale": "../scale/tiny"}, "scale '../scale/tiny'"),
     ({"data": "nowhere"}, "data 'nowhere': choose one of embedded, gsm8k, guide"),
     ({"gates": "none"}, "gates 'none': choose one of guide"),
-    ({"profile": "desktop"}, "profile 'desktop': choose one of full, laptop"),
+    ({"preset": "desktop"}, "preset 'desktop': choose one of full, laptop"),
     ({"optimizer": "adam"}, "optimizer"),
 ])
 def test_an_unknown_group_member_is_refused_with_the_known_ones(

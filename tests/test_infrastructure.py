@@ -16,7 +16,7 @@ CHECKS = ["device", "precision", "compile", "memory", "disk", "data", "tokenizer
 def validate(workplace: Workplace, *options: str) -> tuple[int, dict[str, tuple[str, str]]]:
     """Run the command; return its exit code and each check's mark and detail."""
     done = workplace.run([
-        sys.executable, "-m", "svend", "validate", "--profile", "quick_test",
+        sys.executable, "-m", "svend", "validate", "--preset", "quick_test",
         "--training.compile", "off", "--checkpoint_dir", str(workplace.checkpoints),
         "--data.cache_dir", str(workplace.folder / "cache"), *options,
     ])

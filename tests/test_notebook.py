@@ -23,7 +23,7 @@ LAST_STEP, SAVE_STEPS = 120, 30
 SMALL = f"""
 REPOSITORY = "unused"
 SCALE = "tiny"
-PROFILE = "quick_test"
+PRESET = "quick_test"
 EXPERIMENT = "svend-colab"
 OVERRIDES = [("training.max_steps", "{LAST_STEP}"), ("training.save_steps", "{SAVE_STEPS}"),
              ("training.compile", "off")]

@@ -17,7 +17,7 @@ from svend.pipeline.loading import load_config
 from svend.pipeline.schema import to_tree
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("scale", "data", "gates", "profile")
+GROUPS = ("scale", "data", "gates", "preset")
 MEMBERS = [(group, path.stem) for group in GROUPS
            for path in sorted((CONF_DIR / group).glob("*.yaml"))]
 
@@ -105,11 +105,11 @@ def test_the_installed_version_is_that_of_the_package() -> None:
 def test_every_key_of_a_group_member_is_a_key_of_the_schema_and_takes_effect(
     group: str, member: str
 ) -> None:
-    chosen = {group: member} if group == "profile" else {"profile": "full", group: member}
+    chosen = {group: member} if group == "preset" else {"preset": "full", group: member}
     config = to_tree(load_config(chosen))
     stated = _leaves(_yaml(f"conf/{group}/{member}.yaml"))
     if group == "scale":
-        stated = [(key, value) for key, value in stated if key != "profile"]
+        stated = [(key, value) for key, value in stated if key != "preset"]
     for key, value in stated:
         found = config
         for part in key.split("."):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svend.models import loss as loss_module
 from svend.models.config import TransformerConfig
 from svend.models.loss import IGNORE_LABEL, next_token_labels, summed_linear_cross_entropy
 from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.config import CheckpointingPolicy
 
 VOCAB = 61
 
@@ -333,9 +335,10 @@ def gradients_of(
     return [gradient.clone() for gradient in gradients if gradient is not None]
 
 
+@pytest.mark.parametrize("policy", CheckpointingPolicy)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing_recomputes_blocks_and_gives_the_same_gradients(
-    dropout: float,
+    dropout: float, policy: CheckpointingPolicy
 ) -> None:
     model = make_model(make_config(dropout=dropout)).train()
     tokens_BT, labels_BT = random_tokens(2, 16), random_tokens(2, 16, seed=1)
@@ -350,12 +353,25 @@ def test_gradient_checkpointing_recomputes_blocks_and_gives_the_same_gradients(
     torch.manual_seed(3)
     plain = gradients_of(model, tokens_BT, labels_BT, documents_BT)
     assert calls == 1
-    model.gradient_checkpointing = True
+    model.checkpoint_blocks(policy)
     torch.manual_seed(3)
     checkpointed = gradients_of(model, tokens_BT, labels_BT, documents_BT)
     assert calls == 3
     for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+
+
+def test_selective_checkpointing_computes_no_matrix_product_again() -> None:
+    model = make_model(make_config()).train()
+    tokens_BT, labels_BT = random_tokens(2, 16), random_tokens(2, 16, seed=1)
+    documents_BT = torch.zeros(2, 16, dtype=torch.int64)
+    flops = {}
+    for policy in (None, *CheckpointingPolicy):
+        model.checkpoint_blocks(policy)
+        with FlopCounterMode(display=False) as counter:
+            gradients_of(model, tokens_BT, labels_BT, documents_BT)
+        flops[policy] = counter.get_total_flops()
+    assert flops[CheckpointingPolicy.SELECTIVE] == flops[None] < flops[CheckpointingPolicy.FULL]
 
 
 def test_attention_dropout_acts_in_training_only() -> None:

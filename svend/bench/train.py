@@ -70,7 +70,11 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": cache},
         )
-        self.first = self._answer()
+        try:
+            self.first = self._answer()
+        except UserError:
+            self.kill()
+            raise
 
     def step(self, count: int) -> dict[str, Any]:
         self._say(f"step {count}")
@@ -85,6 +89,10 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -33,12 +33,6 @@ class Batch:
     tokens_BT: Tensor
     documents_BT: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.documents_BT.to(device, non_blocking=True),
-        )
-
 
 class PackedSequences:
     """The rows of one part of a corpus, mixed, packed, and shuffled anew each epoch."""

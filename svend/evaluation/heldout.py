@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from svend.data.stream import Batch
-from svend.device import autocast
+from svend.device import autocast, to_device
 from svend.errors import DataError
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import Precision
@@ -58,10 +58,10 @@ def measure_heldout_loss(
         with torch.no_grad():
             for batch in batches:
                 labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
-                on_device = batch.to(device)
+                tokens_BT = to_device(batch.tokens_BT, device)
                 with autocast(precision, device):
                     sums.append(model(
-                        on_device.tokens_BT, labels_BT.to(device), on_device.documents_BT
+                        tokens_BT, to_device(labels_BT, device), batch.documents_BT
                     ))
                 tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
     finally:

@@ -8,7 +8,7 @@ matrix products: it stores the row's normaliser, not its probabilities.
 
 Shape suffixes: B batch, T positions, H query heads, K key/value heads, S head size, G query heads
 per key/value head, R queries of a block, N the queries of a block in all heads of a group, W keys
-that a block sees.
+that a block sees, E ends of documents.
 """
 
 from __future__ import annotations
@@ -16,26 +16,78 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from svend.device import to_device
 
 QUERY_BLOCK = 256
 
 
+class Layout(NamedTuple):
+    """Where the documents of a batch lie, for `attend`.
+
+    starts_BT: the position in its row at which each position's document starts.
+    offsets_E: on CUDA, where in the flattened batch each document starts; then the batch's end, as
+    often as it takes to fill up to a power of two.
+    """
+
+    starts_BT: Tensor
+    offsets_E: Tensor | None
+
+
+def lay_out_documents(tokens_BT: Tensor, documents_BT: Tensor | None) -> Layout:
+    """Return the layout, on the device of tokens_BT, of documents numbered along each row.
+
+    documents_BT may be on the CPU: there, what it holds is known without waiting for the device.
+    """
+    device = tokens_BT.device
+    if documents_BT is None:
+        documents_BT = torch.zeros(tokens_BT.shape, dtype=torch.int64)
+    starts_BT = document_starts(documents_BT)
+    offsets_E = None
+    if device.type == "cuda":
+        offsets_E = to_device(document_offsets(starts_BT), device)
+    return Layout(to_device(starts_BT, device), offsets_E)
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """Return the position in its row at which each position's document starts."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return torch.where(starts_BT, index_T, 0).cummax(dim=1).values
+
+
+def document_offsets(starts_BT: Tensor) -> Tensor:
+    """Return `Layout.offsets_E`. A power of two: few lengths, so few compilations."""
+    index_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    first_N = (starts_BT == index_T).flatten().nonzero().squeeze(1)
+    filled = 2 ** math.ceil(math.log2(len(first_N) + 1))
+    offsets_E = first_N.new_full((filled,), starts_BT.numel())
+    offsets_E[: len(first_N)] = first_N
+    return offsets_E.int()
+
+
 def attend(
-    q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, starts_BT: Tensor, dropout: float, fused: bool
+    q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, layout: Layout, dropout: float, fused: bool
 ) -> Tensor:
     """Return attention of each query to the keys of its document up to itself, as q_BHTS is.
 
-    starts_BT: the position in the row at which each position's document starts. `fused` compiles
-    the elementwise part of the CPU's backward pass.
+    By blocks on CPU, by torch's variable-length flash attention on CUDA, and where neither can
+    (dropout, fp32 on CUDA) with a mask. `fused` compiles the elementwise part of the CPU's
+    backward pass.
     """
+    starts_BT, offsets_E = layout
     if q_BHTS.device.type == "cpu" and dropout == 0.0:
         out_BHTS: Tensor = _attend_blockwise(q_BHTS, k_BKTS, v_BKTS, starts_BT, fused)[0]
         return out_BHTS
+    if offsets_E is not None and dropout == 0.0 and q_BHTS.dtype != torch.float32:
+        return _attend_varlen(q_BHTS, k_BKTS, v_BKTS, offsets_E)
     group = q_BHTS.shape[1] // k_BKTS.shape[1]
     return F.scaled_dot_product_attention(
         q_BHTS,
@@ -44,6 +96,17 @@ def attend(
         attn_mask=_mask(starts_BT, slice(0, q_BHTS.shape[2]), 0, q_BHTS.dtype)[:, None],
         dropout_p=dropout,
     )
+
+
+def _attend_varlen(q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, offsets_E: Tensor) -> Tensor:
+    batch, _, length, _ = q_BHTS.shape
+    q_NHS, k_NKS, v_NKS = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
+    out_NHS = varlen_attn(
+        q_NHS, k_NKS, v_NKS, offsets_E, offsets_E, length, length,
+        window_size=(-1, 0), enable_gqa=True,
+    )
+    assert isinstance(out_NHS, Tensor)  # without the auxiliary outputs that were not asked for
+    return out_NHS.view(batch, length, *out_NHS.shape[1:]).transpose(1, 2)
 
 
 def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:

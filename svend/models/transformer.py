@@ -10,15 +10,22 @@ F feed-forward width, V vocabulary, N batch and positions as one.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
-from svend.models.attention import attend
+from svend.models.attention import Layout, attend, lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
+from svend.pipeline.config import CheckpointingPolicy
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +75,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * s, d, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, starts_BT: Tensor, fused: bool
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
     ) -> Tensor:
         batch, length, _ = x_BTD.shape
 
@@ -79,7 +86,7 @@ class Attention(nn.Module):
             rotate(split(self.q_proj(x_BTD), self.heads), cos_B1TS, sin_B1TS),
             rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS),
             split(self.v_proj(x_BTD), self.kv_heads),
-            starts_BT,
+            layout,
             self.dropout if self.training else 0.0,
             fused,
         )
@@ -103,7 +110,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normed before and added after."""
+    """Attention, then feed-forward, each normed before and added after.
+
+    With `checkpointing`, training computes in the backward pass what the policy says, instead of
+    keeping it.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -111,14 +122,41 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
+        self.checkpointing: CheckpointingPolicy | None = None
 
     def forward(
-        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, starts_BT: Tensor, fused: bool
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
+    ) -> Tensor:
+        inputs = (x_BTD, cos_B1TS, sin_B1TS, layout, fused)
+        if self.checkpointing is None or not self.training:
+            return self._transform(*inputs)
+        selective = self.checkpointing is CheckpointingPolicy.SELECTIVE
+        contexts = _keeping_products if selective else noop_context_fn
+        out_BTD: Tensor = checkpoint(
+            self._transform, *inputs, use_reentrant=False, context_fn=contexts
+        )
+        return out_BTD
+
+    def _transform(
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
     ) -> Tensor:
         normed_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, starts_BT, fused)
+        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, layout, fused)
         out_BTD: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
         return out_BTD
+
+
+def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Keep what matrix products and attention give; compute again what lies between."""
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+    contexts = create_selective_checkpoint_contexts([  # type: ignore[no-untyped-call]
+        torch.ops.aten.mm.default,
+        torch.ops.svend.attend_blockwise.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    ])
+    return contexts
 
 
 class ReasoningTransformer(nn.Module):
@@ -131,7 +169,6 @@ class ReasoningTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
         self.fused = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -169,7 +206,7 @@ class ReasoningTransformer(nn.Module):
 
         tokens_BT: token ids. labels_BT: the id to predict at each position, -100 for none.
         documents_BT: the number of the document that each position belongs to; attention and
-        positions then stay within a document.
+        positions then stay within a document. It may be on the CPU while the rest is on CUDA.
         """
         x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
         if labels_BT is None:
@@ -185,19 +222,21 @@ class ReasoningTransformer(nn.Module):
         if torch.is_autocast_enabled(device_type):
             # The residual stream too: half the memory traffic, and fp32 where the norms need it.
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device_type))
-        starts_BT = document_starts(tokens_BT, documents_BT)
-        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - starts_BT
+        layout = lay_out_documents(tokens_BT, documents_BT)
+        index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        positions_BT = index_T - layout.starts_BT
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x_BTD = checkpoint(
-                    block, x_BTD, cos_B1TS, sin_B1TS, starts_BT, self.fused, use_reentrant=False
-                )
-            else:
-                x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, starts_BT, self.fused)
+            x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
         out_BTD: Tensor = self.final_norm(x_BTD)
         return out_BTD
+
+    def checkpoint_blocks(self, policy: CheckpointingPolicy | None) -> None:
+        """Set what training computes again in the backward pass; None keeps everything."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.checkpointing = policy
 
     def compile_blocks(self) -> None:
         """Compile one block and use it for all, and fuse what surrounds them.
@@ -207,13 +246,3 @@ class ReasoningTransformer(nn.Module):
         self.fused = True
         for block in (*self.blocks, self.final_norm):
             block.compile(dynamic=False)
-
-
-def document_starts(tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-    """Return the position in its row at which each position's document starts."""
-    if documents_BT is None:
-        return torch.zeros_like(tokens_BT)
-    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    starts_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    return torch.where(starts_BT, index_T, 0).cummax(dim=1).values

@@ -7,6 +7,7 @@ place by one rename, so that a process killed at any instant leaves the old stat
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import io
@@ -170,8 +171,8 @@ def copy_checkpoint(source: Checkpoint, folder: Path, writer: str | None = None)
         for name, entry in source.files.items():
             _copy_file(source.path / name, writing / name, entry["sha256"])
         write_bytes(writing / METADATA, metadata)
-        copy = _parse_metadata(place, (writing / METADATA).read_bytes())
-        if not copy.is_copy_of(source):
+        arrived = _parse_metadata(place, (writing / METADATA).read_bytes())
+        if not arrived.is_copy_of(source):
             # Saved anew since `source` was read, or garbled on the way: neither is to be taken.
             raise OSError(errno.EIO, "the metadata changed on the way", str(writing / METADATA))
         flush_folder(writing)
@@ -180,7 +181,7 @@ def copy_checkpoint(source: Checkpoint, folder: Path, writer: str | None = None)
         raise OSError(errno.EIO, f"arrived garbled: {error}", str(writing / METADATA)) from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return copy
+    return arrived
 
 
 def _copy_file(source: Path, target: Path, sha256: str) -> None:
@@ -260,6 +261,31 @@ def remove_checkpoints(checkpoints: Iterable[Checkpoint], writer: str | None = N
         except FileNotFoundError:
             continue  # someone else has removed it
         shutil.rmtree(doomed)
+
+
+def snapshot(state: Any) -> Any:
+    """Return a copy of a state in main memory that training does not change.
+
+    Tensors that share their memory, such as tied weights, share it in the copy too.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copy_of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if value.numel() == 0 or key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            # A shallow copy first: a module's state has attributes beside its entries.
+            changed = copy.copy(value)
+            changed.update({name: copy_of(entry) for name, entry in value.items()})
+            return changed
+        if type(value) in (list, tuple):
+            return type(value)(copy_of(entry) for entry in value)
+        return copy.deepcopy(value)
+
+    return copy_of(state)
 
 
 def write_state(path: Path, state: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -32,6 +34,7 @@ from svend.pipeline.checkpoint_files import (
     read_state,
     reason_of,
     remove_checkpoints,
+    snapshot,
     tidy_folder,
     verify,
     write_bytes,
@@ -56,6 +59,16 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a checkpoint is to hold."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    states: dict[str, Any]
+
+
 class CheckpointManager:
     """Saves, lists, loads and prunes the checkpoints of one run.
 
@@ -77,6 +90,8 @@ class CheckpointManager:
         self.save_total_limit = save_total_limit
         self.best_metric = best_metric
         self.best_metric_mode = best_metric_mode
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: Future[str] | None = None
         try:
             tidy_folder(self.output_dir, has_dead_writer)
         except OSError as error:
@@ -100,24 +115,57 @@ class CheckpointManager:
         Raises CheckpointError, and leaves what was there, if the disk is full or not writable, or
         if something given could not be loaded again.
         """
-        step, epoch = _whole_number("step", step), _whole_number("epoch", epoch)
-        numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
+        self._wait_for_background()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        states["extra_state"] = dict(extra_state or {})
-        checkpoint_id = f"step_{step:08d}"
+        return self._write(_content(parts, step, epoch, metrics, extra_state))
+
+    def save_in_background(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Stateful | None = None,
+        scheduler: Stateful | None = None,
+        step: int = 0,
+        epoch: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, Any] | None = None,
+        scaler: Stateful | None = None,
+    ) -> Future[str]:
+        """Copy what is given into main memory, and save the copy while the caller goes on.
+
+        The future's result is what `save` returns or raises. One save runs at a time, and whatever
+        reads the checkpoints waits for it, as a normal end of the process does.
+        """
+        self._wait_for_background()
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        content = _content(parts, step, epoch, metrics, extra_state)
+        try:
+            content = replace(content, states=snapshot(content.states))
+        except TypeError as error:
+            raise CheckpointError(
+                f"step {content.step}: holds what cannot be copied ({reason_of(error)}); give "
+                "tensors, numbers, strings, lists and dicts of them"
+            ) from error
+        self._saving = self._background.submit(self._write, content)
+        return self._saving
+
+    def _wait_for_background(self) -> None:
+        if self._saving is not None:
+            wait([self._saving])
+
+    def _write(self, content: _Content) -> str:
+        checkpoint_id = f"step_{content.step:08d}"
         writing = writing_place(self.output_dir / checkpoint_id)
         try:
             writing.mkdir(parents=True)
             files = {f"{name}.pt": write_state(writing / f"{name}.pt", state)
-                     for name, state in states.items()}
-            check_loadable(writing / EXTRA_STATE, states["extra_state"])
+                     for name, state in content.states.items()}
+            check_loadable(writing / EXTRA_STATE, content.states["extra_state"])
             metadata = {
                 "checkpoint_id": checkpoint_id,
                 "sequence": 1 + max((c.sequence for c in self._known()), default=0),
-                "step": step,
-                "epoch": epoch,
-                "metrics": numbers,
+                "step": content.step,
+                "epoch": content.epoch,
+                "metrics": content.metrics,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "files": files,
             }
@@ -144,6 +192,7 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints from old to new, unverified."""
+        self._wait_for_background()
         found, complaints = read_folder(self.output_dir)
         for complaint in complaints:
             warnings.warn(complaint, stacklevel=2)
@@ -315,6 +364,7 @@ class DriveCheckpointManager(CheckpointManager):
 
     def flush(self, timeout_seconds: float = 600.0) -> bool:
         """Wait until every checkpoint has arrived; return whether all have."""
+        self._wait_for_background()
         arrived = self._copier.flush(timeout_seconds)
         self._prune_cache(self._copier.in_flight)
         return arrived
@@ -324,6 +374,7 @@ class DriveCheckpointManager(CheckpointManager):
 
         What has not arrived stays in the cache, and is copied by the next manager of both.
         """
+        self._wait_for_background()
         return self._copier.close(timeout_seconds)
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -419,6 +470,22 @@ class DriveCheckpointManager(CheckpointManager):
             fetched = checkpoint
         self._copier.note_verified(checkpoint.checkpoint_id)
         return fetched
+
+
+def _content(
+    parts: Mapping[str, Stateful | nn.Module | None],
+    step: int,
+    epoch: int,
+    metrics: Mapping[str, float] | None,
+    extra_state: Mapping[str, Any] | None,
+) -> _Content:
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    return _Content(
+        _whole_number("step", step),
+        _whole_number("epoch", epoch),
+        {name: _number(name, value) for name, value in (metrics or {}).items()},
+        {**states, "extra_state": dict(extra_state or {})},
+    )
 
 
 def _whole_number(name: str, value: Any) -> int:

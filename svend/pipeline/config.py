@@ -8,6 +8,7 @@ from __future__ import annotations
 from svend.pipeline.groups import CONF_DIR, ModelScale, group_members
 from svend.pipeline.loading import load_config
 from svend.pipeline.options import (
+    CheckpointingPolicy,
     Compile,
     DataConfig,
     Device,
@@ -23,8 +24,9 @@ from svend.pipeline.options import (
 )
 
 __all__ = [
-    "CONF_DIR", "Compile", "DataConfig", "Device", "GatesConfig", "LongDocuments", "ModelConfig",
-    "ModelScale", "PipelineConfig", "Precision", "Schedule", "TrainingConfig", "ValidationGate",
+    "CONF_DIR", "CheckpointingPolicy", "Compile", "DataConfig", "Device", "GatesConfig",
+    "LongDocuments", "ModelConfig", "ModelScale", "PipelineConfig", "Precision", "Schedule",
+    "TrainingConfig", "ValidationGate",
     "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
     "group_members", "load_config", "print_scale_comparison", "scale_table",
 ]
@@ -32,12 +34,12 @@ __all__ = [
 
 def create_quick_test_config() -> PipelineConfig:
     """Return a run of a very small model that goes through the whole pipeline in seconds."""
-    return load_config({"profile": "quick_test"})
+    return load_config({"preset": "quick_test"})
 
 
 def create_scale_test_config(scale: ModelScale) -> PipelineConfig:
     """Return a short run of the real model of a scale."""
-    return load_config({"scale": scale.value, "profile": "scale_test"})
+    return load_config({"scale": scale.value, "preset": "scale_test"})
 
 
 def scale_table() -> list[dict[str, str]]:

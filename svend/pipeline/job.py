@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +24,27 @@ from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.record import record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
-from svend.pipeline.validation import Gates
+from svend.pipeline.validation import Gates, ValidationResult
 from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
+from svend.training.profiling import name_compiled_kernels
 from svend.training.state import TrainState, build_state
 
 ModelFactory = Callable[[ModelScale], nn.Module]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint on its way to the disk, or there, and what was decided on its weights."""
+
+    checkpoint_id: Future[str] | str
+    step: int
+    verdicts: tuple[ValidationResult, ...]
+
+    @property
+    def done(self) -> bool:
+        return isinstance(self.checkpoint_id, str) or self.checkpoint_id.done()
 
 
 @dataclass
@@ -50,6 +65,7 @@ class Job:
     started_seconds: float
     logged_step: int = 0
     saved_step: int = 0
+    saving: Saving | None = None
     last_finite_norm: float = math.nan
     first_loss: float = math.nan
     final_loss: float = math.nan
@@ -94,6 +110,8 @@ def prepare_job(
     if folder is None:
         record_inputs(tracked, config, gates, corpus, plan, describe_device(device))
     if plan.compile and isinstance(model, ReasoningTransformer):
+        if training.profile:
+            name_compiled_kernels()
         model.compile_blocks()
     stream = BatchStream(sequences, training.batch_size)
     state = build_state(model, stream, training, total_steps, device)
@@ -173,6 +191,7 @@ def build_model(
             model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
         model.to_empty(device=device)
         model.initialize(config.training.seed)
-    if isinstance(model, ReasoningTransformer):
-        model.gradient_checkpointing = config.training.gradient_checkpointing
+    training = config.training
+    if isinstance(model, ReasoningTransformer) and training.gradient_checkpointing:
+        model.checkpoint_blocks(training.gradient_checkpointing_policy)
     return model

@@ -16,7 +16,7 @@ def load_config(
 ) -> PipelineConfig:
     """Compose the configuration of a run.
 
-    `groups` chooses members of `conf/scale`, `conf/data`, `conf/gates` and `conf/profile`;
+    `groups` chooses members of `conf/scale`, `conf/data`, `conf/gates` and `conf/preset`;
     `overrides` are (dotted key, text) pairs that win over every file, where `data.` is short for
     `training.data.`. Raises ConfigError, in one line, for whatever does not fit.
     """
@@ -26,9 +26,9 @@ def load_config(
         raise ConfigError(f"unknown group {min(unknown)}: known: {', '.join(GROUPS)}")
     chosen = tree.pop("groups") | dict(groups or {})
     scale = read_group("scale", chosen["scale"])
-    chosen.setdefault("profile", scale["profile"])
+    chosen.setdefault("preset", scale["preset"])
     tree = merge_trees(tree, scale)
-    for group in ("data", "gates", "profile"):
+    for group in ("data", "gates", "preset"):
         tree = merge_trees(tree, read_group(group, chosen[group]))
     for key, text in overrides:
         tree = _set(tree, key, text)

@@ -34,6 +34,13 @@ class Precision(Enum):
     FP16 = "fp16"
 
 
+class CheckpointingPolicy(Enum):
+    """What gradient checkpointing computes again in the backward pass."""
+
+    FULL = "full"  # the whole block
+    SELECTIVE = "selective"  # what lies between matrix products and attention
+
+
 class Compile(Enum):
     """Whether blocks are compiled; AUTO compiles runs that are long enough to gain from it."""
 
@@ -198,6 +205,10 @@ class TrainingConfig:
     precision: Precision = _default_enum("training.precision", Precision)
     compile: Compile = _default_enum("training.compile", Compile)
     gradient_checkpointing: bool = _default("training.gradient_checkpointing")
+    gradient_checkpointing_policy: CheckpointingPolicy = _default_enum(
+        "training.gradient_checkpointing_policy", CheckpointingPolicy
+    )
+    float8: bool = _default("training.float8")
     device: Device = _default_enum("training.device", Device)
     save_steps: int = _default("training.save_steps")
     save_total_limit: int = _default("training.save_total_limit")
@@ -205,6 +216,7 @@ class TrainingConfig:
     logging_steps: int = _default("training.logging_steps")
     heldout_sequences: int = _default("training.heldout_sequences")
     validation_gates: dict[str, float] = _default_dict("training.validation_gates")
+    profile: bool = _default("training.profile")
     use_wandb: bool = _default("training.use_wandb")
     wandb_project: str = _default("training.wandb_project")
     data: DataConfig = field(default_factory=lambda: _default_data())
@@ -313,7 +325,7 @@ class PipelineConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig | None = None
     gates: GatesConfig = field(default_factory=GatesConfig)
-    profile: str = _default("profile")
+    preset: str = _default("preset")
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")
     checkpoint_dir: str = _default("checkpoint_dir")

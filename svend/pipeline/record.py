@@ -42,7 +42,7 @@ def record_inputs(
     tracked.set_tags({
         **environment_tags(),
         "svend.scale": config.training.model_scale.value,
-        "svend.profile": config.profile,
+        "svend.preset": config.preset,
         "svend.recipe": data.recipe,
         "svend.device": device,
         "svend.data_fingerprint": corpus.fingerprint,
@@ -82,7 +82,7 @@ def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
     data = config.training.data
     assert config.model is not None  # set by PipelineConfig.resolve
     return (
-        f"**{config.model.name}** ({plan.parameters:,} parameters), profile {config.profile}, "
+        f"**{config.model.name}** ({plan.parameters:,} parameters), preset {config.preset}, "
         f"on {data.recipe}: {', '.join(data.sources)} ({data.purpose}).\n\n"
         f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens; "
         f"data fingerprint `{corpus.fingerprint[:16]}`."

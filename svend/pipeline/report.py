@@ -49,7 +49,7 @@ def show_plan(
     table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("scale", f"{training.model_scale.value}, profile {config.profile}")
+    table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
     table.add_row("parameters", f"{plan.parameters:,} ({format_count(plan.parameters)})")
     table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
     table.add_row(
@@ -76,6 +76,10 @@ def show_plan(
         f"about {memory.total / gb:.1f} GB of {plan.available_bytes / gb:.1f} GB available",
     )
     table.add_row("time", f"about {format_seconds(plan.seconds)}")
+    meanwhile = "while training goes on" if plan.saves_in_background else (
+        "while training waits, for memory is short"
+    )
+    table.add_row("checkpoints", f"every {training.save_steps:,} steps, saved {meanwhile}")
     console.print(table)
 
 

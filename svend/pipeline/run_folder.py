@@ -24,7 +24,8 @@ LOCK_FILE = ".lock"
 # Where things lie and how much is kept: a resumed run may have these otherwise.
 MAY_CHANGE = {
     "checkpoint_dir", "checkpoint_cache_dir", "training.data.cache_dir", "training.data.path",
-    "training.data.heldout_path", "training.logging_steps", "training.save_total_limit",
+    "training.data.heldout_path", "training.logging_steps", "training.profile",
+    "training.save_total_limit",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,14 @@ from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.drive_copier import mount_google_drive
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
-from svend.pipeline.job import Job, ModelFactory, build_model, planned_model, prepare_job
+from svend.pipeline.job import (
+    Job,
+    ModelFactory,
+    Saving,
+    build_model,
+    planned_model,
+    prepare_job,
+)
 from svend.pipeline.record import passed_levels, record_verdicts, register_version, undecided
 from svend.pipeline.report import (
     TrainingProgress,
@@ -50,6 +57,7 @@ from svend.tracking.run import (
     joined_experiment_name,
 )
 from svend.training.loop import StepMetrics, train_steps
+from svend.training.profiling import profiled_steps
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,7 @@ class PipelineRunner:
         pending: list[StepMetrics] = []
         progress = TrainingProgress(self._console, total_steps, job.state.step)
         with progress, signals.deferred():
-            for metrics in train_steps(job.state, training, total_steps):
+            for metrics in self._steps(job):
                 step, last = metrics.step, metrics.step == total_steps
                 pending.append(metrics)
                 quick = step % training.quick_gate_steps == 0 or last
@@ -236,8 +244,23 @@ class PipelineRunner:
                     self._gate_quick(job, loss)
                 if save:
                     self._evaluate_and_save(job, metrics)
+                if last or (job.saving is not None and job.saving.done):
+                    self._settle(job)
                 if signals.requested and not last:
                     self._stop(job, signals)
+
+    def _steps(self, job: Job) -> Iterator[StepMetrics]:
+        steps = train_steps(job.state, job.config.training, job.plan.total_steps)
+        if not job.config.training.profile:
+            return steps
+        folder = job.folder.path / "profile"
+
+        def report(table: str) -> None:
+            job.tracked.log_artifacts(folder, "profile")
+            job.tracked.set_tags({"svend.profile": "profile/"})
+            self._console.print(f"profile: {folder}\n{table}", markup=False, soft_wrap=True)
+
+        return profiled_steps(steps, job.plan.total_steps - job.state.step, folder, report)
 
     def _log(self, job: Job, pending: list[StepMetrics]) -> tuple[float, float]:
         """Read the pending steps from the device and log them; return last loss and tokens/s."""
@@ -295,31 +318,51 @@ class PipelineRunner:
         return measured
 
     def _evaluate_and_save(self, job: Job, metrics: StepMetrics) -> None:
-        """Measure the weights, save them, and decide on what was saved."""
+        """Measure the weights, decide on them, and begin to save them."""
+        self._settle(job)
         measured = self._evaluate(job)
         norm = float(metrics.gradient_norm)
         if job.state.scaler is not None and not math.isfinite(norm):
             norm = job.last_finite_norm  # fp16 scaling skipped the step, as it should
         values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
-        self._decide(job, self._save(job, values), measured)
+        verdicts = self._decide(job, measured, norm)
+        self._save(job, values, verdicts)
+        if not all(verdict.passed for verdict in verdicts):
+            self._settle(job)
 
-    def _decide(self, job: Job, checkpoint: Checkpoint, measured: HeldoutLoss) -> None:
-        """Decide QUICK and STANDARD on a checkpoint, whose weights are the model's."""
-        evidence = Evidence(
-            job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-        )
-        quick = self.validator.validate_quick(
-            job.state.model, measured.loss, job.state.step, evidence
-        )
+    def _decide(
+        self, job: Job, measured: HeldoutLoss, gradient_norm: float
+    ) -> tuple[ValidationResult, ...]:
+        """Decide QUICK and STANDARD on the model's weights."""
+        step = job.state.step
+        quick = self.validator.validate_quick(job.state.model, measured.loss, step)
         standard = self.validator.decide(
             GateLevel.STANDARD,
-            {
-                **heldout_measurements(measured),
-                "gradient_norm": Measurement(checkpoint.metrics["gradient_norm"]),
-            },
-            evidence,
+            {**heldout_measurements(measured), "gradient_norm": Measurement(gradient_norm)},
+            Evidence(step),
         )
-        self._record(job, quick, standard)
+        return quick, standard
+
+    def _settle(self, job: Job) -> None:
+        """Wait for the checkpoint on its way, and record the verdicts with the hash it got."""
+        saving, job.saving = job.saving, None
+        if saving is None:
+            return
+        begun = saving.checkpoint_id
+        checkpoint_id = begun if isinstance(begun, str) else begun.result()
+        checkpoint = next(
+            c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
+        )
+        job.saved_step = saving.step
+        self._record_on(job, checkpoint, saving.verdicts)
+
+    def _record_on(
+        self, job: Job, checkpoint: Checkpoint, verdicts: Iterable[ValidationResult]
+    ) -> None:
+        evidence = Evidence(
+            checkpoint.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
+        )
+        self._record(job, *(replace(verdict, evidence=evidence) for verdict in verdicts))
 
     def _decide_if_undecided(self, job: Job) -> None:
         """Decide on the checkpoint just loaded if the process was killed before it could.
@@ -333,7 +376,8 @@ class PipelineRunner:
             return  # saved by an interruption, between evaluations
         rows = job.folder.read_verdicts(checkpoint.weights_sha256)
         if undecided(self.validator.gates, rows, (GateLevel.QUICK, GateLevel.STANDARD)):
-            self._decide(job, checkpoint, self._evaluate(job))
+            norm = checkpoint.metrics["gradient_norm"]
+            self._record_on(job, checkpoint, self._decide(job, self._evaluate(job), norm))
         elif self.validator.strict and GateLevel.STANDARD.value not in passed_levels(
             self.validator.gates, rows
         ):
@@ -342,18 +386,19 @@ class PipelineRunner:
                 "with other settings or thresholds"
             )
 
-    def _save(self, job: Job, metrics: Mapping[str, float]) -> Checkpoint:
+    def _save(
+        self, job: Job, metrics: Mapping[str, float], verdicts: tuple[ValidationResult, ...] = ()
+    ) -> None:
+        """Begin to save; `_settle` ends it."""
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
         job.tracked.flush()
-        state = job.state
-        checkpoint_id = job.manager.save(
+        state, manager = job.state, job.manager
+        save = manager.save_in_background if job.plan.saves_in_background else manager.save
+        begun = save(
             state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
             metrics, state.extra_state(), state.scaler,
         )
-        job.saved_step = state.step
-        return next(
-            c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
-        )
+        job.saving = Saving(begun, state.step, verdicts)
 
     def _record(self, job: Job, *verdicts: ValidationResult) -> None:
         """Keep verdicts in the run folder and in MLflow; under strict, stop if one failed."""
@@ -363,17 +408,17 @@ class PipelineRunner:
             job.tracked.log_metrics(
                 {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
                  for result in verdict.gates},
-                job.state.step,
+                verdict.evidence.step or 0,
             )
             for warning in verdict.warnings:
                 self._console.print(f"warning: {verdict.level.name} gate {warning}")
         for verdict in verdicts:
             if verdict.passed:
                 continue
-            line = f"{verdict.level.name} gate failed at step {job.state.step}: " + "; ".join(
-                verdict.failures
-            )
+            failures = "; ".join(verdict.failures)
+            line = f"{verdict.level.name} gate failed at step {verdict.evidence.step}: {failures}"
             if self.validator.strict:
+                self._settle(job)
                 record_verdicts(job.tracked, job.folder)
                 raise GateFailure(line)
             self._console.print(f"warning: {line}")
@@ -389,8 +434,10 @@ class PipelineRunner:
     def _stop(self, job: Job, signals: StopSignals) -> None:
         """Save, and end the run in a way that can be resumed."""
         assert signals.requested is not None
+        self._settle(job)
         if job.saved_step < job.state.step:
             self._save(job, {})
+            self._settle(job)
         record_verdicts(job.tracked, job.folder)
         raise Interrupted(
             f"interrupted by {signals.requested.name} at step {job.state.step} of "

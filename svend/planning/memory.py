@@ -24,11 +24,12 @@ class MemoryPlan:
     optimizer: int
     activations: int
     head: int
+    snapshot: int = 0  # what is saved while training goes on; 0 where training waits
 
     @property
     def tensors(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.head)
-        return sum(parts)
+        return (self.weights + self.gradients + self.optimizer + self.activations + self.head
+                + self.snapshot)
 
     @property
     def total(self) -> int:
@@ -62,6 +63,11 @@ def predict_memory(model: ModelConfig, training: TrainingConfig, process_bytes: 
         activations=tokens * _activation_bytes_per_token(model, training, width) + scores,
         head=_head_bytes(model, tokens, width),
     )
+
+
+def snapshot_bytes(model: ModelConfig) -> int:
+    """Return the size of a copy of weights and AdamW state."""
+    return 3 * FP32_BYTES * model.num_parameters()
 
 
 def equivalent_model(model: ModelConfig, parameters: int) -> ModelConfig:

@@ -11,7 +11,7 @@ from svend.device import available_bytes, can_compile
 from svend.errors import ResourceError
 from svend.pipeline.config import Compile, ModelConfig, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
-from svend.planning.memory import MemoryPlan, predict_memory
+from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
 
 CUDA_CONTEXT_BYTES = 500_000_000
@@ -32,6 +32,7 @@ class RunPlan:
     available_bytes: int
     seconds: float
     compile: bool
+    saves_in_background: bool
 
     @property
     def tokens(self) -> int:
@@ -45,7 +46,10 @@ class RunPlan:
 def check_memory(
     model: ModelConfig, training: TrainingConfig, device: torch.device
 ) -> tuple[MemoryPlan, int]:
-    """Predict the peak memory; raise ResourceError, with what to change, if it cannot fit."""
+    """Predict the peak memory; raise ResourceError, with what to change, if it cannot fit.
+
+    On CPU the copy that is saved while training goes on is counted where there is room for it.
+    """
     held = psutil.Process().memory_info().rss if device.type == "cpu" else CUDA_CONTEXT_BYTES
     memory = predict_memory(model, training, held)
     available = available_bytes(device)
@@ -61,6 +65,9 @@ def check_memory(
             f"(weights, gradients and AdamW state {_state_bytes(memory) / 1e9:.1f} GB), and "
             f"{available / 1e9:.1f} GB are available on {device.type}; {remedy}"
         )
+    if device.type == "cpu":
+        with_snapshot = replace(memory, snapshot=snapshot_bytes(model))
+        memory = with_snapshot if with_snapshot.total <= available else memory
     return memory, available
 
 
@@ -98,6 +105,9 @@ def plan_run(
         seconds=seconds,
         compile=(
             _decide_compile(training, seconds, device) if compiled is None else compiled
+        ),
+        saves_in_background=memory[0].snapshot > 0 or (
+            device.type == "cuda" and snapshot_bytes(model) <= psutil.virtual_memory().available
         ),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from svend.device import DTYPES, autocast
+from svend.models.attention import lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
 from svend.models.transformer import Block, rotary_tables
@@ -40,7 +41,7 @@ def measure_micro_batch_seconds(
         x_BTD = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
         positions_BT = torch.arange(length).expand(batch, length)
         tables = rotary_tables(positions_BT, model.head_size, model.rope_theta)
-        starts_BT = torch.zeros(batch, length, dtype=torch.int64)
+        layout = lay_out_documents(torch.zeros(batch, length, dtype=torch.int64), None)
         # Small, as a real head is: large logits underflow, and subnormal numbers are slow.
         head_VD = (0.02 * torch.randn(model.vocab_size, model.hidden_size)).requires_grad_()
         labels_N = torch.zeros(batch * length, dtype=torch.int64)
@@ -49,7 +50,7 @@ def measure_micro_batch_seconds(
 
     def run_block() -> None:
         with autocast(training.precision, device):
-            out_BTD = block(x_BTD, cos_B1TS, sin_B1TS, starts_BT, False)
+            out_BTD = block(x_BTD, cos_B1TS, sin_B1TS, layout, False)
         out_BTD.backward(torch.ones_like(out_BTD))
 
     def run_head() -> None:

@@ -142,6 +142,10 @@ class TrackedRun:
     def log_text(self, text: str, artifact: str) -> None:
         self._client.log_text(self.run_id, text, artifact)
 
+    def log_artifacts(self, folder: Path, artifact_folder: str) -> None:
+        """Copy a folder's files to the run."""
+        self._client.log_artifacts(self.run_id, str(folder), artifact_folder)
+
     def log_dataset(
         self, name: str, digest: str, context: str, place: str, tags: Mapping[str, str]
     ) -> None:

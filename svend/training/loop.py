@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svend.device import autocast
+from svend.device import autocast, to_device
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import TrainingConfig
 from svend.training.clipping import clip_gradients
@@ -64,14 +64,11 @@ def _accumulate_gradients(state: TrainState, training: TrainingConfig) -> tuple[
     labels = [next_token_labels(b.tokens_BT, b.documents_BT) for b in micro_batches]
     step_tokens = sum(int((labels_BT != IGNORE_LABEL).sum()) for labels_BT in labels)
     loss = torch.zeros((), device=state.device)
-    for batch, labels_BT in zip(micro_batches, labels, strict=True):
-        on_device = batch.to(state.device)
+    for batch, labels_on_cpu_BT in zip(micro_batches, labels, strict=True):
+        tokens_BT = to_device(batch.tokens_BT, state.device)
+        labels_BT = to_device(labels_on_cpu_BT, state.device)
         with autocast(training.precision, state.device):
-            summed = state.model(
-                on_device.tokens_BT,
-                labels_BT.to(state.device, non_blocking=True),
-                on_device.documents_BT,
-            )
+            summed = state.model(tokens_BT, labels_BT, batch.documents_BT)
         mean = summed / max(1, step_tokens)
         (mean if state.scaler is None else state.scaler.scale(mean)).backward()
         loss += mean.detach()
