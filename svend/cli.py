@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from svend import __version__
-from svend.bench import command as bench_train
+from svend.bench import command as bench_command
 from svend.errors import ConfigError, UserError
 from svend.pipeline.config import group_members, load_config, print_scale_comparison
 
@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if known.command == "bench":
             if rest:
-                raise ConfigError(f"bench train takes no option {rest[0]}; see --help")
-            return bench_train.run(known)
+                raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
+            timed = {"train": bench_command.run, "scaling": bench_command.run_scaling}
+            return timed[known.kind](known)
         return _run_pipeline(known, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,12 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", nargs="?", const="true", metavar="true|false",
         help="trace three steps, and list the ten most expensive parts",
     )
-    bench = commands.add_parser("bench", help="time the training step beside its peers",
-                                description="Benchmarks, side by side with the peers.")
+    bench = commands.add_parser("bench", help="time the training step, alone or beside its peers",
+                                description="Benchmarks of the training step.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
-    bench_train.add_options(kinds.add_parser(
+    bench_command.add_options(kinds.add_parser(
         "train", help="the training step", description="Time the training step.",
-        epilog=bench_train.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=bench_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    ))
+    bench_command.add_scaling_options(kinds.add_parser(
+        "scaling", help="speed and memory against batch, length and layers",
+        description="Time Svend's own training step alone, at many batches, lengths and depths.",
         allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",

@@ -44,6 +44,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
 
 
+def add_scaling_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench scaling`."""
+    parser.add_argument("--scale", default="tiny", metavar="NAME",
+                        help="the model that is varied (default: tiny)")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--json", metavar="PATH", help="write all figures there")
+    parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
+
+
+def run_scaling(options: argparse.Namespace) -> int:
+    """Time our own step at many sizes; print a table."""
+    model = get_model_config(_scale(options.scale))
+    from rich.console import Console
+
+    from svend.bench.scaling import measure_scaling, plot_scaling, scaling_table, to_json
+
+    points = measure_scaling(
+        model, not options.eager, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    Console().print(scaling_table(points))
+    if options.json:
+        Path(options.json).write_text(to_json(points) + "\n", encoding="utf-8")
+    if options.plot:
+        plot_scaling(points, Path(options.plot))
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     """Time what is asked for; print a table for each shape."""
     shapes = [_shape(text) for text in options.shapes]

@@ -59,7 +59,7 @@ class Comparison:
     timings: list[Timing]
 
 
-class _Worker:
+class Worker:
     """A contestant's process. It answers each line with a line."""
 
     def __init__(self, name: str, python: str, spec: Spec, cache: str) -> None:
@@ -137,10 +137,10 @@ def compare(
             python = litgpt_python if name == "litgpt" else sys.executable
             own_cache = str(Path(cache) / name)
             report(f"{scale} {shape}: starting {name}, twice")
-            cold = _Worker(name, python, spec, own_cache)
+            cold = Worker(name, python, spec, own_cache)
             running.callback(cold.kill)
             cold.stop()
-            warm = _Worker(name, python, spec, own_cache)
+            warm = Worker(name, python, spec, own_cache)
             running.callback(warm.kill)
             warm.step(1)
             workers.append(warm)

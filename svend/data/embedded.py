@@ -11,8 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import reasoning_gym
-
 from svend.data.documents import Document, Role, conversation
 
 # Short problems beside gsm_symbolic's worked ones, which make up the rest.
@@ -71,6 +69,8 @@ def tool_use_documents(count: int, seed: int) -> Iterator[Document]:
 
 
 def _problems(name: str, count: int, seed: int) -> Any:
+    import reasoning_gym  # most of a second, and not needed where the documents are in the cache
+
     return reasoning_gym.create_dataset(name, size=count, seed=seed)
 
 

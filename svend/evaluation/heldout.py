@@ -55,14 +55,12 @@ def measure_heldout_loss(
     model.eval()
     sums, tokens = [], []
     try:
-        with torch.no_grad():
+        # One context for all batches: the weights are turned into lower precision once.
+        with torch.no_grad(), autocast(precision, device):
             for batch in batches:
                 labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
                 tokens_BT = to_device(batch.tokens_BT, device)
-                with autocast(precision, device):
-                    sums.append(model(
-                        tokens_BT, to_device(labels_BT, device), batch.documents_BT
-                    ))
+                sums.append(model(tokens_BT, to_device(labels_BT, device), batch.documents_BT))
                 tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
     finally:
         model.train(was_training)

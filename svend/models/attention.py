@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from svend.device import to_device
 
@@ -99,6 +98,9 @@ def attend(
 
 
 def _attend_varlen(q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, offsets_E: Tensor) -> Tensor:
+    # Here, for it loads the compiler, which a run on CPU may not need.
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, _, length, _ = q_BHTS.shape
     q_NHS, k_NKS, v_NKS = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
     out_NHS = varlen_attn(

@@ -56,13 +56,20 @@ def _replace_by_gradient(logits_CV: Tensor, target_C1: Tensor, fused: bool) -> T
     return nll_C1
 
 
-def _negative_log_likelihood(logits_CV: Tensor, target_C1: Tensor) -> Tensor:
-    return torch.cat([
-        -logits_RV.float().log_softmax(dim=1).gather(1, target_R1)
-        for logits_RV, target_R1 in zip(
-            torch.split(logits_CV, SLICE_ROWS), torch.split(target_C1, SLICE_ROWS), strict=True
-        )
-    ])
+def _sum_without_gradients(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    w_VD = weight_VD.to(x_ND.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    for x_CD, labels_C in zip(
+        torch.split(x_ND, CHUNK_ROWS), torch.split(labels_N, CHUNK_ROWS), strict=True
+    ):
+        logits_CV, labels_C1 = x_CD @ w_VD.T, labels_C.unsqueeze(1)
+        for logits_RV, labels_R1 in zip(
+            torch.split(logits_CV, SLICE_ROWS), torch.split(labels_C1, SLICE_ROWS), strict=True
+        ):
+            log_p_RV = logits_RV.log_softmax(dim=1, dtype=torch.float32)
+            log_p_R1 = log_p_RV.gather(1, labels_R1.clamp(min=0))
+            loss -= torch.where(labels_R1 != IGNORE_LABEL, log_p_R1, 0.0).sum()
+    return loss
 
 
 def _sum_transposed(products_DV: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -100,10 +107,6 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
             counted_C1 = labels_C1 != IGNORE_LABEL
             target_C1 = labels_C1.clamp(min=0)
             logits_CV = x_CD @ w_VD.T
-            if not (needs_x or needs_weight):
-                nll_C1 = _negative_log_likelihood(logits_CV, target_C1)
-                loss += torch.where(counted_C1, nll_C1, 0.0).sum()
-                continue
             nll_C1 = _replace_by_gradient(logits_CV, target_C1, fused)
             loss += torch.where(counted_C1, nll_C1, 0.0).sum()
             # What does not count is left out on the narrow side of the products.
@@ -142,6 +145,9 @@ def summed_linear_cross_entropy(
     IGNORE_LABEL counts nothing. The matrix products run in the dtype of x_ND. `fused` compiles what
     lies between them.
     """
+    # The autograd function cannot tell: it sees weights that want a gradient.
+    if not torch.is_grad_enabled() or not (x_ND.requires_grad or weight_VD.requires_grad):
+        return _sum_without_gradients(x_ND, weight_VD, labels_N)
     loss: Tensor = _SummedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_ND, weight_VD, labels_N, fused
     )

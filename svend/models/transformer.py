@@ -10,17 +10,14 @@ F feed-forward width, V vocabulary, N batch and positions as one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from svend.models.attention import Layout, attend, lay_out_documents
 from svend.models.config import TransformerConfig
@@ -130,11 +127,14 @@ class Block(nn.Module):
         inputs = (x_BTD, cos_B1TS, sin_B1TS, layout, fused)
         if self.checkpointing is None or not self.training:
             return self._transform(*inputs)
-        selective = self.checkpointing is CheckpointingPolicy.SELECTIVE
-        contexts = _keeping_products if selective else noop_context_fn
-        out_BTD: Tensor = checkpoint(
-            self._transform, *inputs, use_reentrant=False, context_fn=contexts
-        )
+        # The compiler takes a context_fn only as a constant.
+        out_BTD: Tensor
+        if self.checkpointing is CheckpointingPolicy.SELECTIVE:
+            out_BTD = checkpoint(
+                self._transform, *inputs, use_reentrant=False, context_fn=_keeping_products
+            )
+        else:
+            out_BTD = checkpoint(self._transform, *inputs, use_reentrant=False)
         return out_BTD
 
     def _transform(
@@ -148,6 +148,8 @@ class Block(nn.Module):
 
 def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Keep what matrix products and attention give; compute again what lies between."""
+    import torch.nn.attention.varlen  # has its operator registered
+
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
     contexts = create_selective_checkpoint_contexts([  # type: ignore[no-untyped-call]
         torch.ops.aten.mm.default,
@@ -228,9 +230,13 @@ class ReasoningTransformer(nn.Module):
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
-        out_BTD: Tensor = self.final_norm(x_BTD)
+            x_BTD = self._compiled_in_training(block)(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
+        out_BTD: Tensor = self._compiled_in_training(self.final_norm)(x_BTD)
         return out_BTD
+
+    def _compiled_in_training(self, part: nn.Module) -> Callable[..., Tensor]:
+        """Return what to call: without gradients, compiling once more would gain nothing."""
+        return part.forward if self.fused and not torch.is_grad_enabled() else part
 
     def checkpoint_blocks(self, policy: CheckpointingPolicy | None) -> None:
         """Set what training computes again in the backward pass; None keeps everything."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from svend.tracking.run import TrackedRun
 from svend.training.profiling import name_compiled_kernels
 from svend.training.state import TrainState, build_state
 
+# What training waits for.
+PARTS = ("evaluating", "saving", "tracking")
 ModelFactory = Callable[[ModelScale], nn.Module]
 
 
@@ -69,6 +72,17 @@ class Job:
     last_finite_norm: float = math.nan
     first_loss: float = math.nan
     final_loss: float = math.nan
+    start_seconds: float = math.nan
+    spent_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @contextlib.contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        """Count the time of the context as spent on a part of PARTS, and not on training."""
+        started_seconds = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent_seconds[part] += time.perf_counter() - started_seconds
 
 
 def prepare_job(

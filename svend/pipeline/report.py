@@ -205,12 +205,19 @@ def verdicts_html(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def show_measured(
-    console: Console, plan: RunPlan, peak_memory_gb: float, seconds: float
+    console: Console,
+    plan: RunPlan,
+    peak_memory_gb: float,
+    seconds: float,
+    start_seconds: float,
+    spent_seconds: Mapping[str, float],
 ) -> None:
-    """Print what the run took beside what the plan said."""
+    """Print what the run took beside what the plan said, and what its training waited for."""
     planned_gb = plan.memory.total / 1e9
     console.print(f"peak memory {peak_memory_gb:.2f} GB (planned {planned_gb:.2f})")
     console.print(f"time {format_seconds(seconds)} (planned {format_seconds(plan.seconds)})")
+    waited = ", ".join(f"{part} {spent / seconds:.2%}" for part, spent in spent_seconds.items())
+    console.print(f"first step after {start_seconds:.1f} s; of the time {waited}")
 
 
 def show_next_steps(

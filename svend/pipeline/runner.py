@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from svend.device import (
@@ -230,6 +231,9 @@ class PipelineRunner:
         progress = TrainingProgress(self._console, total_steps, job.state.step)
         with progress, signals.deferred():
             for metrics in self._steps(job):
+                if math.isnan(job.start_seconds):
+                    float(metrics.loss)  # waits for the device
+                    job.start_seconds = time.time() - psutil.Process().create_time()
                 step, last = metrics.step, metrics.step == total_steps
                 pending.append(metrics)
                 quick = step % training.quick_gate_steps == 0 or last
@@ -271,6 +275,18 @@ class PipelineRunner:
         # After the reads, which wait for the device: the time is that of finished work.
         seconds = time.perf_counter() - pending[0].started_seconds
         tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
+        with job.spending("tracking"):
+            self._track_steps(job, pending, losses, norms, tokens_per_second)
+        return losses[-1], tokens_per_second
+
+    def _track_steps(
+        self,
+        job: Job,
+        pending: list[StepMetrics],
+        losses: list[float],
+        norms: list[float],
+        tokens_per_second: float,
+    ) -> None:
         flops_per_second = tokens_per_second * job.plan.flops_per_token
         for metrics, loss, norm in zip(pending, losses, norms, strict=True):
             logger.debug(
@@ -293,7 +309,6 @@ class PipelineRunner:
                 },
                 metrics.step,
             )
-        return losses[-1], tokens_per_second
 
     def _gate_quick(self, job: Job, loss: float) -> None:
         evidence = Evidence(
@@ -304,10 +319,11 @@ class PipelineRunner:
 
     def _evaluate(self, job: Job) -> HeldoutLoss:
         training = job.config.training
-        measured = measure_heldout_loss(
-            job.state.model, job.heldout.first(training.heldout_sequences), training.precision,
-            job.device,
-        )
+        with job.spending("evaluating"):
+            measured = measure_heldout_loss(
+                job.state.model, job.heldout.first(training.heldout_sequences),
+                training.precision, job.device,
+            )
         job.final_loss = measured.loss
         if math.isnan(job.first_loss):
             job.first_loss = measured.loss
@@ -349,10 +365,11 @@ class PipelineRunner:
         if saving is None:
             return
         begun = saving.checkpoint_id
-        checkpoint_id = begun if isinstance(begun, str) else begun.result()
-        checkpoint = next(
-            c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
-        )
+        with job.spending("saving"):
+            checkpoint_id = begun if isinstance(begun, str) else begun.result()
+            checkpoint = next(
+                c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
+            )
         job.saved_step = saving.step
         self._record_on(job, checkpoint, saving.verdicts)
 
@@ -391,13 +408,15 @@ class PipelineRunner:
     ) -> None:
         """Begin to save; `_settle` ends it."""
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
-        job.tracked.flush()
+        with job.spending("tracking"):
+            job.tracked.flush()
         state, manager = job.state, job.manager
         save = manager.save_in_background if job.plan.saves_in_background else manager.save
-        begun = save(
-            state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
-            metrics, state.extra_state(), state.scaler,
-        )
+        with job.spending("saving"):
+            begun = save(
+                state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
+                metrics, state.extra_state(), state.scaler,
+            )
         job.saving = Saving(begun, state.step, verdicts)
 
     def _record(self, job: Job, *verdicts: ValidationResult) -> None:
@@ -469,7 +488,12 @@ class PipelineRunner:
         measured_gb = peak_bytes(job.device) / 1e9
         measured_seconds = time.monotonic() - job.started_seconds
         job.tracked.log_metrics(
-            {"measured/peak_memory_gb": measured_gb, "measured/seconds": measured_seconds},
+            {
+                "measured/peak_memory_gb": measured_gb,
+                "measured/seconds": measured_seconds,
+                "measured/start_seconds": job.start_seconds,
+                **{f"measured/{part}_seconds": spent for part, spent in job.spent_seconds.items()},
+            },
             job.state.step,
         )
         best = job.manager.best()
@@ -488,7 +512,10 @@ class PipelineRunner:
         if job.config.eval_benchmarks:
             asked = ", ".join(job.config.eval_benchmarks)
             self._console.print(f"eval_benchmarks {asked}: not measured; no benchmark exists yet")
-        show_measured(self._console, job.plan, measured_gb, measured_seconds)
+        show_measured(
+            self._console, job.plan, measured_gb, measured_seconds, job.start_seconds,
+            job.spent_seconds,
+        )
         job.folder.mark_finished()
         show_next_steps(
             self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from svend.models.attention import QUERY_BLOCK
 from svend.models.loss import CHUNK_ROWS, SLICE_ROWS
-from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
+from svend.pipeline.config import CheckpointingPolicy, ModelConfig, Precision, TrainingConfig
 
 FP32_BYTES = 4
 HEAD_SIZE = 64
@@ -101,7 +101,11 @@ def _activation_bytes_per_token(
     block = norms + attention + feed_forward
     if not training.gradient_checkpointing:
         return model.num_hidden_layers * block
-    return model.num_hidden_layers * width * d + block
+    kept = width * d
+    if training.gradient_checkpointing_policy is CheckpointingPolicy.SELECTIVE:
+        kv = model.num_key_value_heads * model.head_size
+        kept += width * (4 * d + 2 * kv + 2 * f)
+    return model.num_hidden_layers * kept + block
 
 
 def _head_bytes(model: ModelConfig, tokens: int, width: int) -> int:

@@ -15,8 +15,10 @@ from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
 
 CUDA_CONTEXT_BYTES = 500_000_000
-# A run predicted to take longer than this, in seconds, earns back the time to compile.
-COMPILE_WORTH_SECONDS = {"cpu": 900.0, "cuda": 120.0}
+# What compiling costs before step 1 and leaves of a step's time. On CPU 20 s with an empty cache
+# and 0.66 to 0.72 (docs/performance.md); on CUDA not measured: a run of minutes is to earn it back.
+COMPILE_SECONDS = {"cpu": 20.0, "cuda": 60.0}
+COMPILED_SHARE = {"cpu": 0.7, "cuda": 0.7}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ def plan_run(
     forward_share = forward_flops_per_token(model, length) / train_flops_per_token(model, length)
     sequence_seconds = micro_seconds / training.batch_size * forward_share
     seconds += evaluations * training.heldout_sequences * sequence_seconds
+    compiled_seconds = COMPILE_SECONDS[device.type] + COMPILED_SHARE[device.type] * seconds
+    compile_blocks = compiled
+    if compile_blocks is None:
+        compile_blocks = _decide_compile(training, compiled_seconds < seconds, device)
     return RunPlan(
         parameters=model.num_parameters(),
         total_steps=total_steps,
@@ -102,17 +108,15 @@ def plan_run(
         peak_flops=peak_flops,
         memory=memory[0],
         available_bytes=memory[1],
-        seconds=seconds,
-        compile=(
-            _decide_compile(training, seconds, device) if compiled is None else compiled
-        ),
+        seconds=compiled_seconds if compile_blocks else seconds,
+        compile=compile_blocks,
         saves_in_background=memory[0].snapshot > 0 or (
             device.type == "cuda" and snapshot_bytes(model) <= psutil.virtual_memory().available
         ),
     )
 
 
-def _decide_compile(training: TrainingConfig, seconds: float, device: torch.device) -> bool:
+def _decide_compile(training: TrainingConfig, earns: bool, device: torch.device) -> bool:
     compilable = can_compile(device)
     if training.compile is Compile.ON and not compilable:
         raise ResourceError(
@@ -120,7 +124,7 @@ def _decide_compile(training: TrainingConfig, seconds: float, device: torch.devi
             "headers, or set training.compile=off"
         )
     if training.compile is Compile.AUTO:
-        return compilable and seconds > COMPILE_WORTH_SECONDS[device.type]
+        return compilable and earns
     return training.compile is Compile.ON
 
 

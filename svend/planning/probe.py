@@ -58,12 +58,12 @@ def measure_micro_batch_seconds(
             loss = summed_linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_N)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    block_seconds = _fastest(run_block, device, repeats=3)
+    block_seconds = _fastest(run_block, device, repeats=2)
     if training.gradient_checkpointing:
         block_seconds *= 4 / 3  # the forward pass runs twice
-    head_seconds = _fastest(run_head, device, repeats=3)
+    head_seconds = _fastest(run_head, device, repeats=1)  # the longest of the three
     block_parameters = model.num_block_parameters() / model.num_hidden_layers
-    update_seconds = _fastest(optimizer.step, device, repeats=3)
+    update_seconds = _fastest(optimizer.step, device, repeats=2)
     return (
         model.num_hidden_layers * block_seconds + head_seconds,
         update_seconds * model.num_parameters() / block_parameters,
