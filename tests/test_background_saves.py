@@ -13,7 +13,7 @@ from torch import nn
 
 from svend.errors import CheckpointError
 from svend.pipeline import checkpoints
-from svend.pipeline.checkpoint_files import snapshot
+from svend.pipeline.checkpoint_files import Snapshots
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 
 Release = Callable[[], None]
@@ -120,15 +120,24 @@ def test_a_snapshot_keeps_ties_types_and_attributes() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
     state = module.state_dict()
-    taken = snapshot(state)
+    taken = Snapshots().take(state)
     assert type(taken) is type(state)
-    assert taken._metadata == state._metadata  # type: ignore[attr-defined]
+    assert taken._metadata == state._metadata
     assert taken["0.weight"].data_ptr() == taken["1.weight"].data_ptr()
     assert taken["0.weight"].data_ptr() != state["0.weight"].data_ptr()
     nested = {"list": [torch.ones(2), (1, "a")], "empty": torch.zeros(0), "none": None}
-    again = snapshot(nested)
-    nested["list"].append(1)  # type: ignore[attr-defined]
+    again = Snapshots().take(nested)
+    nested["list"].append(1)  # type: ignore[union-attr]
     assert torch.equal(again["list"][0], torch.ones(2))
     assert again["list"][1:] == [(1, "a")]
     assert again["empty"].shape == (0,)
     assert again["none"] is None
+
+
+def test_a_snapshot_takes_no_new_memory_unless_shapes_change() -> None:
+    snapshots = Snapshots()
+    first = snapshots.take({"a": torch.ones(3), "b": [torch.ones(2)]})
+    second = snapshots.take({"a": torch.full((3,), 2.0), "b": [torch.ones(4)]})
+    assert second["a"].data_ptr() == first["a"].data_ptr()
+    assert torch.equal(second["a"], torch.full((3,), 2.0))
+    assert torch.equal(second["b"][0], torch.ones(4))

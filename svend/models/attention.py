@@ -25,6 +25,9 @@ from torch import Tensor
 from svend.device import to_device
 
 QUERY_BLOCK = 256
+# Where a block's keys start is rounded down to this: of few sizes, freed memory fits what is asked
+# for next, and the library of matrix products builds few kernels.
+KEY_STEP = 128
 
 
 class Layout(NamedTuple):
@@ -129,7 +132,8 @@ def _blocks(starts_BT: Tensor) -> Iterator[tuple[slice, slice]]:
     firsts_T = starts_BT.amin(dim=0)
     for start in reversed(range(0, length, QUERY_BLOCK)):
         stop = min(length, start + QUERY_BLOCK)
-        yield slice(start, stop), slice(int(firsts_T[start:stop].min()), stop)
+        first_key = int(firsts_T[start:stop].min()) // KEY_STEP * KEY_STEP
+        yield slice(start, stop), slice(first_key, stop)
 
 
 # An operator of its own, for the compiler must not trace through sizes that the data decide.

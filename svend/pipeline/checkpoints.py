@@ -23,6 +23,7 @@ from svend.pipeline.checkpoint_files import (
     METADATA,
     MODEL,
     Checkpoint,
+    Snapshots,
     UnreachableError,
     check_loadable,
     copy_checkpoint,
@@ -34,7 +35,6 @@ from svend.pipeline.checkpoint_files import (
     read_state,
     reason_of,
     remove_checkpoints,
-    snapshot,
     tidy_folder,
     verify,
     write_bytes,
@@ -92,6 +92,7 @@ class CheckpointManager:
         self.best_metric_mode = best_metric_mode
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[str] | None = None
+        self._snapshots = Snapshots()
         try:
             tidy_folder(self.output_dir, has_dead_writer)
         except OSError as error:
@@ -139,7 +140,7 @@ class CheckpointManager:
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         content = _content(parts, step, epoch, metrics, extra_state)
         try:
-            content = replace(content, states=snapshot(content.states))
+            content = replace(content, states=self._snapshots.take(content.states))
         except TypeError as error:
             raise CheckpointError(
                 f"step {content.step}: holds what cannot be copied ({reason_of(error)}); give "
