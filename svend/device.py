@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
+HOPPER = (9, 0)  # the CUDA compute capability of an H100
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
@@ -46,6 +48,25 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise ResourceError(
             f"training.precision = bf16: {torch.cuda.get_device_name()} has no bf16; "
             "set training.precision=fp16"
+        )
+
+
+def check_float8(precision: Precision, device: torch.device) -> None:
+    """Raise ResourceError if the device, or the packages here, cannot multiply in float8."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        raise ResourceError(
+            f"training.float8 = true: {describe_device(device)} does not multiply in float8; it "
+            "takes an H100 or newer; set training.float8=false"
+        )
+    if precision is not Precision.BF16:
+        raise ResourceError(
+            f"training.float8 = true: is used with bf16, not {precision}; set "
+            "training.precision=bf16"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise ResourceError(
+            "training.float8 = true: needs torchao; pip install 'svend[float8]', or set "
+            "training.float8=false"
         )
 
 

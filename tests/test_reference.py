@@ -20,6 +20,7 @@ from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import autocast
 from svend.models.config import TransformerConfig
+from svend.models.float8 import compute_in_float8
 from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import CheckpointingPolicy, DataConfig, Precision, TrainingConfig
@@ -169,7 +170,7 @@ def test_compiled_loss_and_gradients_are_the_references(
 
 
 def curve(
-    precision: Precision, seed: int, steps: int, *, compiled: bool = False
+    precision: Precision, seed: int, steps: int, *, compiled: bool = False, float8: bool = False
 ) -> Iterator[float]:
     """The losses of training on text of a grammar: each token has four that may follow it."""
     generator = np.random.default_rng(seed)
@@ -190,6 +191,8 @@ def curve(
         learning_rate=3e-3,
     )
     model = make_model(seed=seed)
+    if float8:
+        compute_in_float8(model.blocks, emulated=True)
     if compiled:
         model.compile_blocks()
     stream = BatchStream(PackedSequences(tokens, data, seed), 4)
@@ -204,6 +207,21 @@ def test_the_losses_of_a_fixed_seed_are_those_on_record() -> None:
     assert recorded[-1] < recorded[0] - 0.5
     in_bf16 = list(curve(Precision.BF16, 0, len(recorded)))
     assert in_bf16 == pytest.approx(recorded, abs=GOLDEN["bf16_tolerance"])
+
+
+def test_products_in_float8_stay_near_the_curve_in_bf16() -> None:
+    rounded = np.array(list(curve(Precision.BF16, 0, 40, float8=True)))
+    exact = np.array(list(curve(Precision.BF16, 0, 40)))
+    assert not np.array_equal(rounded, exact)
+    assert np.abs(rounded - exact).max() < 0.05
+
+
+def test_float8_leaves_the_weights_and_their_names() -> None:
+    model, plain = make_model(), make_model()
+    compute_in_float8(model.blocks, emulated=True)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow

@@ -240,12 +240,14 @@ def write_lines(path: Path, count: int, *, broken_line: int | None = None) -> Pa
         (("--data", "gsm8k"), {"data__path": "empty.jsonl"}, ("gsm8k", "empty")),
         (("--data", "gsm8k"), {"data__path": "nowhere"}, ("nowhere", "no such file")),
         ((), {"training__device": "cuda"}, ("training.device", "cuda")),
+        ((), {"training__device": "cpu", "training__float8": "true"},
+         ("training.float8", "H100")),
         ((), {"training__validation_gates__perplexity": "1.5"},
          ("STANDARD gate failed at step 20", "perplexity")),
         ((), {"model__hidden_size": "65536", "model__num_hidden_layers": "400"},
          ("needs about", "available")),
     ],
-    ids=["malformed", "empty", "missing", "no-cuda", "gate", "memory"],
+    ids=["malformed", "empty", "missing", "no-cuda", "float8", "gate", "memory"],
 )
 def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
     workplace: Workplace, options: tuple[str, ...], changes: dict[str, str],

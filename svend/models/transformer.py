@@ -153,6 +153,7 @@ def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextMan
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
     contexts = create_selective_checkpoint_contexts([  # type: ignore[no-untyped-call]
         torch.ops.aten.mm.default,
+        torch.ops.aten._scaled_mm.default,
         torch.ops.svend.attend_blockwise.default,
         torch.ops.torch_attn._varlen_attn.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

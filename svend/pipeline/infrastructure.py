@@ -18,6 +18,7 @@ from svend.device import (
     DTYPES,
     autocast,
     can_compile,
+    check_float8,
     check_precision,
     describe_device,
     resolve_device,
@@ -97,6 +98,8 @@ class InfrastructureChecks:
     def _check_precision(self) -> str:
         precision = self._config.training.precision
         check_precision(precision, self._device)
+        if self._config.training.float8:
+            check_float8(precision, self._device)
         x = torch.randn(64, 64, device=self._device, requires_grad=True)
         with autocast(precision, self._device):
             y = x @ x

@@ -16,8 +16,15 @@ from torch import nn
 
 from svend.data.corpus import Corpus, build_corpus, kind_tokens
 from svend.data.stream import BatchStream, PackedSequences
-from svend.device import check_precision, describe_device, keep_freed_memory, resolve_device
+from svend.device import (
+    check_float8,
+    check_precision,
+    describe_device,
+    keep_freed_memory,
+    resolve_device,
+)
 from svend.models.config import TransformerConfig
+from svend.models.float8 import compute_in_float8
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig
@@ -103,6 +110,8 @@ def prepare_job(
     keep_freed_memory()
     device = resolve_device(training.device)
     check_precision(training.precision, device)
+    if training.float8:
+        check_float8(training.precision, device)
     memory = check_memory(model_config, training, device)
     corpus = build_corpus(
         training.data, config.model.vocab_size, training.seed,
@@ -206,6 +215,10 @@ def build_model(
         model.to_empty(device=device)
         model.initialize(config.training.seed)
     training = config.training
-    if isinstance(model, ReasoningTransformer) and training.gradient_checkpointing:
+    if not isinstance(model, ReasoningTransformer):
+        return model
+    if training.gradient_checkpointing:
         model.checkpoint_blocks(training.gradient_checkpointing_policy)
+    if training.float8:
+        compute_in_float8(model.blocks)
     return model

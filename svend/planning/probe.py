@@ -10,6 +10,7 @@ import torch
 from svend.device import DTYPES, autocast
 from svend.models.attention import lay_out_documents
 from svend.models.config import TransformerConfig
+from svend.models.float8 import compute_in_float8
 from svend.models.loss import summed_linear_cross_entropy
 from svend.models.transformer import Block, rotary_tables
 from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
@@ -46,6 +47,8 @@ def measure_micro_batch_seconds(
         head_VD = (0.02 * torch.randn(model.vocab_size, model.hidden_size)).requires_grad_()
         labels_N = torch.zeros(batch * length, dtype=torch.int64)
     cos_B1TS, sin_B1TS = (table.to(dtype) for table in tables)
+    if training.float8:
+        compute_in_float8(block)
     optimizer = torch.optim.AdamW(block.parameters(), fused=True)
 
     def run_block() -> None:
