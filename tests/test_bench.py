@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from svend.bench import scaling
 from svend.bench.report import comparison_table, plot_comparisons
 from svend.bench.spec import Spec
 from svend.bench.train import Comparison, Timing, _check_parameters, compare
@@ -122,6 +123,26 @@ def test_the_command_writes_every_figure_as_json(tmp_path: Path) -> None:
     assert figures["shape"] == "documents, 1x256"
     assert [t["contestant"] for t in figures["timings"]] == ["svend", "hf-stock"]
     assert all(t["median_tokens_per_second"] > 0 for t in figures["timings"])
+
+
+@pytest.mark.slow
+def test_scaling_varies_one_size_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scaling, "BATCHES", (1, 2))
+    monkeypatch.setattr(scaling, "LENGTHS", (64, 256))
+    monkeypatch.setattr(scaling, "LAYERS", (1, 3))
+    points = scaling.measure_scaling(model_of(SMALLEST), compiled=False, report=lambda _: None)
+    assert [(p.varied, p.value, p.tokens) for p in points] == [
+        ("batch", 1, 512), ("batch", 2, 1024), ("length", 64, 4096), ("length", 256, 4096),
+        ("layers", 1, 4096), ("layers", 3, 4096),
+    ]
+    by_layers = points[4:]
+    assert by_layers[1].seconds > by_layers[0].seconds
+    assert by_layers[1].flops_per_token > by_layers[0].flops_per_token
+    scaling.plot_scaling(points, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(scaling.to_json(points))) == 6
 
 
 def test_every_contestant_exists() -> None:

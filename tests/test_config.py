@@ -155,7 +155,7 @@ def test_schema_defaults_fill_what_no_file_states(own_conf: Path) -> None:
     assert load_config().training.quick_gate_steps == TrainingConfig().quick_gate_steps == 100
 
 
-def test_a_scale_names_its_own_profile_and_the_command_line_another() -> None:
+def test_a_scale_names_its_own_preset_and_the_command_line_another() -> None:
     assert load_config().preset == "laptop"
     assert load_config().training.batch_size == 4
     full = load_config({"preset": "full"})

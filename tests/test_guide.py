@@ -60,7 +60,7 @@ scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 HELDOUT_BATCHES = """
 import torch
 from svend.data.stream import Batch
-eval_dataloader = [Batch(torch.randint(0, 4096, (1, 32)), torch.zeros(1, 32, dtype=torch.long))]
+eval_dataloader = [Batch.of(torch.randint(0, 4096, (1, 32)), torch.zeros(1, 32, dtype=torch.long))]
 """
 
 TROUBLED_RUN = """

@@ -20,6 +20,7 @@ from svend.models import transformer
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import (
+    CheckpointingPolicy,
     Compile,
     DataConfig,
     ModelConfig,
@@ -32,8 +33,8 @@ from svend.pipeline.config import (
 from svend.pipeline.job import planned_model
 from svend.planning import plan as plan_module
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
-from svend.planning.memory import predict_memory
-from svend.planning.plan import check_memory, plan_run
+from svend.planning.memory import MemoryPlan, predict_memory
+from svend.planning.plan import COMPILE_SECONDS, COMPILED_SHARE, check_memory, plan_run
 from svend.planning.probe import measure_matmul_peak
 
 CPU = torch.device("cpu")
@@ -176,6 +177,19 @@ def test_checkpointing_saves_activations_and_nothing_else(precision: Precision) 
     assert dataclasses.replace(dropped, activations=kept.activations) == kept
 
 
+def test_the_selective_policy_keeps_more_than_full_and_less_than_none() -> None:
+    model = get_model_config(ModelScale.TINY)
+
+    def activations(**changes: Any) -> int:
+        return predict_memory(model, make_training(**changes), 0).activations
+
+    full, selective = (
+        activations(gradient_checkpointing=True, gradient_checkpointing_policy=policy)
+        for policy in (CheckpointingPolicy.FULL, CheckpointingPolicy.SELECTIVE)
+    )
+    assert full < selective < activations()
+
+
 def test_the_process_counts_towards_the_total() -> None:
     model = make_model_config()
     small, large = (predict_memory(model, make_training(), held).total for held in (0, 10**9))
@@ -218,9 +232,24 @@ def test_a_run_that_fits_is_let_through_with_its_figures(monkeypatch: pytest.Mon
     assert 16 * 52_000_000 < memory.total < available
 
 
+def test_a_copy_for_saving_is_planned_where_there_is_room_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, training = get_model_config(ModelScale.TINY), make_training()
+    set_available(monkeypatch, 64)
+    roomy, _ = check_memory(model, training, CPU)
+    assert roomy.snapshot == 12 * model.num_parameters()
+    set_available(monkeypatch, (roomy.total - 1) / 1e9)
+    tight, _ = check_memory(model, training, CPU)
+    assert tight.snapshot == 0
+    for memory in (roomy, tight):
+        plan = plan_of(monkeypatch, Compile.OFF, 10.0, compiler=False, memory=memory)
+        assert plan.saves_in_background is (memory is roomy)
+
+
 def plan_of(
     monkeypatch: pytest.MonkeyPatch, compile_: Compile, seconds: float, compiler: bool,
-    **changes: Any,
+    memory: MemoryPlan | None = None, **changes: Any,
 ) -> plan_module.RunPlan:
     """The plan of 100 steps on a machine where they take about `seconds`."""
     monkeypatch.setattr(plan_module, "can_compile", lambda _: compiler)
@@ -232,8 +261,8 @@ def plan_of(
     training = make_training(
         compile=compile_, heldout_sequences=1, save_steps=100, **changes
     )
-    memory = predict_memory(model, training, 0), 10**9
-    return plan_run(training, model, 100, memory, CPU)
+    memory = memory or predict_memory(model, training, 0)
+    return plan_run(training, model, 100, (memory, 10**9), CPU)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +281,16 @@ def test_auto_compiles_long_runs_where_there_is_a_compiler_and_on_and_off_are_ob
     compiled: bool,
 ) -> None:
     assert plan_of(monkeypatch, compile_, seconds, compiler).compile is compiled
+
+
+def test_what_compiling_takes_and_saves_is_in_the_planned_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager = plan_of(monkeypatch, Compile.OFF, 50_000.0, compiler=True)
+    compiled = plan_of(monkeypatch, Compile.ON, 50_000.0, compiler=True)
+    assert compiled.seconds == pytest.approx(
+        COMPILE_SECONDS["cpu"] + COMPILED_SHARE["cpu"] * eager.seconds
+    )
 
 
 def test_compile_on_without_a_compiler_is_refused_with_the_way_out(

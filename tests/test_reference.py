@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +17,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svend.data.corpus import KINDS, TokenArray
+from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
-from svend.data.stream import BatchStream, PackedSequences
+from svend.data.stream import (
+    IGNORE_LABEL,
+    BatchStream,
+    PackedSequences,
+    next_token_labels,
+)
 from svend.device import autocast
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8
-from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import CheckpointingPolicy, DataConfig, Precision, TrainingConfig
 from svend.training.loop import train_steps
@@ -170,7 +176,8 @@ def test_compiled_loss_and_gradients_are_the_references(
 
 
 def curve(
-    precision: Precision, seed: int, steps: int, *, compiled: bool = False, float8: bool = False
+    precision: Precision, seed: int, steps: int, *, compiled: bool = False, float8: bool = False,
+    length: int = 64,
 ) -> Iterator[float]:
     """The losses of training on text of a grammar: each token has four that may follow it."""
     generator = np.random.default_rng(seed)
@@ -182,10 +189,8 @@ def curve(
         while len(document) < length:
             document.append(int(successors[document[-1], generator.integers(4)]))
         documents.append(np.array(document, dtype=np.uint16))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    kinds = np.full(len(lengths), KINDS.index(Kind.GENERAL), dtype=np.uint8)
-    tokens = TokenArray("train", np.concatenate(documents), offsets, kinds)
-    data = DataConfig(sources=["text"], mix_ratios={"general": 1.0}, max_seq_length=64)
+    tokens = TokenArray.of("train", documents, [Kind.GENERAL] * len(documents))
+    data = DataConfig(sources=["text"], mix_ratios={"general": 1.0}, max_seq_length=length)
     training = TrainingConfig(
         batch_size=4, gradient_accumulation_steps=2, precision=precision, data=data, seed=seed,
         learning_rate=3e-3,
@@ -233,3 +238,26 @@ def test_200_steps_in_bf16_stay_near_the_curve_in_fp32(seed: int, compiled: bool
     assert exact[-20:].mean() < exact[:5].mean() - 1.5
     assert np.abs(rounded - exact).max() < 0.05
     assert abs((rounded - exact)[-100:].mean()) < 0.01
+
+
+GROWTH = """
+import psutil
+from svend.device import keep_freed_memory
+from svend.pipeline.config import Precision
+from tests.test_reference import curve
+
+keep_freed_memory()
+held = [psutil.Process().memory_info().rss
+        for _ in curve(Precision.BF16, 0, 2000, compiled=True, length=640)]
+print(max(held[:500]), max(held))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_2000_steps() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    early, late = (int(held) for held in done.stdout.split())
+    assert late - early < 16e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -111,6 +112,35 @@ def test_every_step_is_logged_once_on_every_axis(
     standard = [step for step, _ in losses(shared_workplace, run, "gate/standard/perplexity")]
     assert standard == [20, 40]
     assert any(name.startswith("system/") for name in run.data.metrics)
+
+
+def test_what_training_waited_for_is_measured(finished: tuple[Run, str]) -> None:
+    run, output = finished
+    metrics = run.data.metrics
+    parts = ("evaluating", "saving", "tracking", "data")
+    spent = [metrics[f"measured/{part}_seconds"] for part in parts]
+    assert all(seconds > 0 for seconds in spent)
+    assert sum(spent) < metrics["measured/seconds"]
+    assert metrics["measured/start_seconds"] > 0
+    assert "first step after" in output
+
+
+def test_a_profile_is_a_trace_and_a_table_in_the_run(workplace: Workplace) -> None:
+    done = workplace.run(workplace.train_command(
+        "--profile", training__max_steps="2", training__validation_gates__perplexity="1e9"
+    ))
+    assert done.returncode == 0, done.stdout
+    run = only_run(workplace, "svend")
+    assert run.data.tags["svend.profile"] == "profile/"
+    client = MlflowClient(workplace.tracking_uri)
+    parts = Path(client.download_artifacts(run.info.run_id, "profile/parts.txt")).read_text()
+    assert len(parts.splitlines()) == 1 + 10  # the heading, and the most expensive parts
+    assert parts.splitlines()[1].strip() in done.stdout
+    assert "aten::mm" in parts
+    trace = client.download_artifacts(run.info.run_id, "profile/trace.json.gz")
+    with gzip.open(trace) as stream:
+        events = json.load(stream)["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
 
 
 def test_the_datasets_are_inputs_of_the_run(finished: tuple[Run, str]) -> None:
@@ -300,7 +330,7 @@ def test_without_strict_validation_a_failed_gate_is_recorded_and_the_run_goes_on
 def test_the_real_gsm8k_trains_with_its_own_test_set_held_out(workplace: Workplace) -> None:
     done = workplace.run(workplace.train_command("--data", "gsm8k", data__path=str(GSM8K)))
     assert done.returncode == 0, done.stdout
-    assert "7,473 train and 1,319 held-out documents" in done.stdout
+    assert "7,356 train and 1,319 held-out documents" in done.stdout
     run = only_run(workplace, "svend")
     heldout = dict(losses(workplace, run, "eval/heldout_loss"))
     assert heldout[40] < heldout[0] - 1

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svend.data.corpus import KINDS, TokenArray
+from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
-from svend.data.stream import BatchStream, PackedSequences
+from svend.data.stream import (
+    IGNORE_LABEL,
+    BatchStream,
+    PackedSequences,
+    next_token_labels,
+)
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import TransformerConfig
-from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import DataConfig, Precision, Schedule, TrainingConfig
@@ -58,12 +62,8 @@ def make_sequences(documents: int = 60, longest: int = 20) -> PackedSequences:
     """Rows of random documents, some mostly padding."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, longest + 1, documents)
-    part = TokenArray(
-        name="train",
-        tokens=generator.integers(0, VOCAB, lengths.sum()).astype(np.uint16),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        kinds=np.full(documents, KINDS.index(Kind.GENERAL), dtype=np.uint8),
-    )
+    drawn = [generator.integers(0, VOCAB, length).astype(np.uint16) for length in lengths]
+    part = TokenArray.of("train", drawn, [Kind.GENERAL] * documents)
     data = DataConfig(sources=["text"], mix_ratios={"general": 1.0}, max_seq_length=LENGTH)
     return PackedSequences(part, data, seed=0)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svend.data.stream import IGNORE_LABEL, next_token_labels
 from svend.models import loss as loss_module
 from svend.models.config import TransformerConfig
-from svend.models.loss import IGNORE_LABEL, next_token_labels, summed_linear_cross_entropy
+from svend.models.loss import summed_linear_cross_entropy
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import CheckpointingPolicy
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from svend.bench.spec import Contestant, Spec
-from svend.data.corpus import KINDS, TokenArray
+from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import keep_freed_memory
@@ -65,14 +65,10 @@ def _svend(spec: Spec, *, compiled: bool) -> Contestant:
 def _tokens(spec: Spec) -> TokenArray:
     if spec.documents is None:
         generator = np.random.default_rng(spec.seed)
-        tokens = generator.integers(0, spec.vocab_size, ROWS * spec.length).astype(np.uint16)
-        offsets = np.arange(ROWS + 1, dtype=np.int64) * spec.length
+        rows = generator.integers(0, spec.vocab_size, (ROWS, spec.length)).astype(np.uint16)
+        pieces = list(rows)
     else:
         with np.load(spec.documents) as file:
             tokens, offsets = file["tokens"], file["offsets"]
-        lengths = np.minimum(np.diff(offsets), spec.length)
-        pieces = [tokens[a : a + n] for a, n in zip(offsets, lengths, strict=False)]
-        tokens = np.concatenate(pieces)
-        offsets = np.array([0, *itertools.accumulate(int(n) for n in lengths)], dtype=np.int64)
-    kinds = np.full(len(offsets) - 1, KINDS.index(Kind.GENERAL), dtype=np.uint8)
-    return TokenArray("train", tokens, offsets, kinds)
+        pieces = [tokens[a:b][: spec.length] for a, b in itertools.pairwise(offsets)]
+    return TokenArray.of("train", pieces, [Kind.GENERAL] * len(pieces))

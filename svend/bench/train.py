@@ -186,7 +186,11 @@ def tokenized_documents(data: DataConfig, vocab_size: int, report: Report) -> It
     corpus = build_corpus(data, vocab_size, 0, report)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "documents.npz"
-        np.savez(path, tokens=np.asarray(corpus.train.tokens), offsets=corpus.train.offsets)
+        train = corpus.train
+        places = zip(train.starts, train.lengths, strict=True)
+        documents = [train.tokens.read(start, length) for start, length in places]
+        offsets = np.cumsum([0, *train.lengths])
+        np.savez(path, tokens=np.concatenate(documents), offsets=offsets)
         yield str(path)
 
 

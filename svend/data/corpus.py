@@ -1,63 +1,96 @@
-"""A recipe's documents, tokenised once into memory-mapped arrays that carry a fingerprint."""
+"""The tokenised data of a run: which documents it trains on, and which it holds out.
+
+The cache holds, each named by what went into it and made once: tokenised parts of sources
+(`tokenised.py`), tokenizers, hashes of evaluation sets, and the choice of documents.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
-from svend.data.documents import Document, Kind
-from svend.data.sources import SourceParts, locate_sources
-from svend.data.tokenizer import (
-    TEMPLATE_VERSION,
-    DocumentTokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from svend.data.chat import speaker_marks
+from svend.data.documents import Document, Kind, Role, conversation
+from svend.data.encoding import EncodingSpec, default_processes, documents_in
+from svend.data.hygiene import word_sequences
+from svend.data.records import parse_row, read_chunks
+from svend.data.selection import Ints, PartPair, Selection, heldout_bound, select_documents
+from svend.data.sources import LocatedSource, SourcePart, locate_sources, mix_of
+from svend.data.tokenised import Progress, TokenisedPart, locked, tokenise
+from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
 from svend.errors import DataError
-from svend.pipeline.config import DataConfig
+from svend.pipeline.config import BrokenRows, DataConfig, Duplicates
 
 KINDS = tuple(Kind)
-ENCODE_BATCH = 1000
 TRAIN, HELDOUT = "train", "heldout"
+# A tokenizer learns from so much text of the mix; more changes it little and takes hours.
+TOKENIZER_TEXT_BYTES = 100_000_000
 
-Progress = Callable[[str], None]
-Divided = tuple[list[Document], list[Document]]  # train, held out
+
+class Tokens:
+    """Token ids in several files, addressed as if they were one."""
+
+    def __init__(self, arrays: Sequence[npt.NDArray[np.unsignedinteger]]) -> None:
+        self._arrays = list(arrays)
+        self._ends = np.cumsum([len(array) for array in self._arrays])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._arrays else 0
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.unsignedinteger]:
+        """Return `length` tokens from `start`, which lie in one file."""
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        begin = start - int(self._ends[number] - len(self._arrays[number]))
+        return self._arrays[number][begin : begin + length]
 
 
 @dataclass(frozen=True)
 class TokenArray:
-    """One part of a corpus: all tokens in a row, and where each document lies and what it is."""
+    """One part of a corpus: where each document's tokens lie, and what it is.
+
+    `marks` says by token id who begins to speak (`chat.speaker_marks`); None where nobody does.
+    """
 
     name: str
-    tokens: npt.NDArray[np.uint16]
-    offsets: npt.NDArray[np.int64]
+    tokens: Tokens
+    starts: Ints
+    lengths: Ints
     kinds: npt.NDArray[np.uint8]
+    sources: npt.NDArray[np.uint8]
+    text_bytes: npt.NDArray[np.uint32]
+    marks: npt.NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.offsets)
+    @classmethod
+    def of(
+        cls, name: str, documents: Sequence[npt.NDArray[Any]], kinds: Sequence[Kind]
+    ) -> TokenArray:
+        """Return the documents, held in memory, as a part."""
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        return cls(
+            name,
+            Tokens([np.concatenate(documents)]),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            np.array([KINDS.index(kind) for kind in kinds], dtype=np.uint8),
+            np.zeros(len(documents), dtype=np.uint8),
+            lengths.astype(np.uint32),
+        )
 
 
 @dataclass(frozen=True)
 class SourceCount:
-    """What a source gave to the corpus, in documents and tokens."""
+    """What a source gave to the corpus, in documents and tokens, and what was left out."""
 
     source: str
     kind: str
@@ -66,6 +99,9 @@ class SourceCount:
     heldout_documents: int
     heldout_tokens: int
     leaked_documents: int
+    duplicate_documents: int
+    dropped_rows: int
+    named_rows: list[str]
     identity: dict[str, Any]
 
 
@@ -84,226 +120,243 @@ def build_corpus(data: DataConfig, vocab_size: int, seed: int, progress: Progres
     """Return the tokenised corpus of a recipe, from the cache where it has been made before.
 
     No question of the held-out part occurs in the train part: a source with a held-out split of
-    its own loses the train documents that repeat it (counted as leaked); another is divided by a
-    hash of the question. Raises DataError or ConfigError for what cannot be read.
+    its own loses the train documents that repeat it, or that share `leak_words` words in a row
+    with it or with another evaluation set (counted as leaked); another is divided by a hash of the
+    question. Raises DataError or ConfigError for what cannot be read.
     """
-    parts = locate_sources(data, seed)
-    cache = Path(data.cache_dir).expanduser() / _cache_key(data, parts, vocab_size)
-    if not (cache / "corpus.json").is_file():
-        try:
-            _make_entry(cache, data, parts, vocab_size, progress)
-        except OSError as error:
-            raise DataError(
-                f"data.cache_dir {cache.parent.absolute()}: cannot be written ({error.strerror}); "
-                "free space, or choose another"
-            ) from error
-    return _read_corpus(cache)
-
-
-def _make_entry(
-    cache: Path, data: DataConfig, parts: list[SourceParts], vocab_size: int, progress: Progress
-) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(cache.parent)
-    building = Path(tempfile.mkdtemp(prefix=f"building-{os.getpid()}-", dir=cache.parent))
+    located = locate_sources(data, seed)
+    cache = Path(data.cache_dir).expanduser()
     try:
-        _write_corpus(building, data, parts, vocab_size, progress)
-        _move_into_place(building, cache)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        tokenizer = _prepare_tokenizer(cache, data, located, vocab_size, progress)
+        parts = _tokenise_all(cache, data, located, tokenizer, progress)
+        chosen = select_documents(data, parts, progress)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror or error}); "
+            "free space, or choose another"
+        ) from error
+    return _assemble(located, tokenizer, parts, chosen)
 
 
-def _cache_key(data: DataConfig, parts: list[SourceParts], vocab_size: int) -> str:
-    tokenizer = data.tokenizer
-    if Path(tokenizer).is_file():
-        tokenizer = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    identity = {
-        "template": TEMPLATE_VERSION,
-        "sources": [part.identity for part in parts],
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
-        "heldout_fraction": data.heldout_fraction,
-    }
+def _prepare_tokenizer(
+    cache: Path, data: DataConfig, located: list[LocatedSource], vocab_size: int,
+    progress: Progress,
+) -> DocumentTokenizer:
+    """Return the tokenizer; its file, which other processes read, is in the cache."""
+    folder = cache / "tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    if data.tokenizer == "train":
+        identity = [part.train.identity for part in located]
+        key = _digest([identity, data.mix_ratios, vocab_size, data.heldout_fraction])
+        path = folder / f"{key}.json"
+        if not path.is_file():
+            with locked(path.with_suffix(".lock"), "the tokenizer is being trained", progress):
+                if not path.is_file():
+                    progress("training a tokenizer")
+                    trained = train_tokenizer(_tokenizer_sample(data, located), vocab_size)
+                    _publish(path, trained.to_json())
+        tokenizer = load_tokenizer(str(path), vocab_size)
+        tokenizer.origin = "trained on this run's data"
+        return tokenizer
+    return load_tokenizer(data.tokenizer, vocab_size)
+
+
+def _tokenizer_file(cache: Path, tokenizer: DocumentTokenizer) -> Path:
+    """Return a file of the tokenizer in the cache, for the processes that tokenise."""
+    path = cache / "tokenizers" / f"{tokenizer.sha256}.json"
+    if not path.is_file():
+        _publish(path, tokenizer.to_json())
+    return path
+
+
+def _tokenizer_sample(data: DataConfig, located: list[LocatedSource]) -> Iterator[Document]:
+    """Yield documents of the train part, of each kind as much text as the mix has of it."""
+    bound = heldout_bound(data)
+    mix = mix_of(data)
+    for source in located:
+        kind = source.source.kind.value
+        of_kind = sum(other.source.kind.value == kind for other in located)
+        left = TOKENIZER_TEXT_BYTES * mix.get(kind, 0.0) / of_kind
+        for document in _documents(source.train, data):
+            if left <= 0:
+                break
+            if source.heldout is None and document.question_digest < bound:
+                continue
+            left -= document.text_bytes
+            yield document
+
+
+def _documents(part: SourcePart, data: DataConfig) -> Iterator[Document]:
+    for chunk in part.read():
+        dropped: list[str] = []
+        yield from documents_in(chunk, part.source, part.to_document, dropped)
+        if dropped and data.broken_rows is BrokenRows.FAIL:
+            raise DataError(dropped[0])
+
+
+def _tokenise_all(
+    cache: Path, data: DataConfig, located: list[LocatedSource], tokenizer: DocumentTokenizer,
+    progress: Progress,
+) -> list[PartPair]:
+    leaks = _evaluation_sequences(cache, data, located, progress)
+    processes = default_processes(data.processes)
+    file = str(_tokenizer_file(cache, tokenizer))
+
+    def tokenised(part: SourcePart, *, train: bool) -> TokenisedPart:
+        spec = EncodingSpec(
+            source=part.source,
+            to_document=part.to_document,
+            tokenizer=file,
+            drop_broken=data.broken_rows is BrokenRows.DROP,
+            leak_words=data.leak_words,
+            leaks=str(leaks) if leaks and train else None,
+            near_duplicates=data.duplicates is Duplicates.NEAR,
+        )
+        return tokenise(part, spec, tokenizer.sha256, cache / "parts", processes, progress)
+
+    return [
+        (tokenised(source.train, train=True),
+         tokenised(source.heldout, train=False) if source.heldout else None)
+        for source in located
+    ]
+
+
+def _evaluation_sequences(
+    cache: Path, data: DataConfig, located: list[LocatedSource], progress: Progress
+) -> Path | None:
+    """Return a file of the sorted hashes of word sequences in evaluation sets, if there are any."""
+    own = [source.heldout for source in located if source.heldout is not None]
+    files = [Path(name).expanduser() for name in data.evaluation_sets]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"data.evaluation_sets {file.absolute()}: no such file")
+    if data.leak_words == 0 or not (own or files):
+        return None
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    key = _digest([[part.identity for part in own], contents, data.leak_words])
+    path = cache / "evaluation" / f"{key}.npy"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        progress("reading evaluation sets")
+        documents = [document for part in own for document in _documents(part, data)]
+        documents += [document for file in files for document in _texts(file)]
+        hashes = [word_sequences(document, data.leak_words) for document in documents]
+        writing = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(writing, np.unique(np.concatenate(hashes)))
+        writing.rename(path)
+    return path
+
+
+def _texts(file: Path) -> Iterator[Document]:
+    """Yield all text in the rows of a file, whatever its schema."""
+    for chunk in read_chunks(file):
+        for row in chunk.rows:
+            texts = list(_strings(parse_row(row)))
+            if texts:
+                yield conversation(*((Role.TEXT, text) for text in texts))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _assemble(
+    located: list[LocatedSource], tokenizer: DocumentTokenizer, parts: list[PartPair],
+    chosen: Selection,
+) -> Corpus:
+    marks = speaker_marks(tokenizer.control_ids)
+    kinds = [KINDS.index(source.source.kind) for source in located]
+    arrays = {}
+    for name, held in ((TRAIN, [train for train, _ in parts]),
+                       (HELDOUT, [own or train for train, own in parts])):
+        numbers = chosen.train if name == TRAIN else chosen.heldout
+        if not sum(map(len, numbers)):
+            documents = sum(part.info.documents for part in held)
+            raise DataError(
+                f"the {name} part is empty: {documents} documents in "
+                f"{', '.join(source.place for source in located)} are too few; give more data, "
+                "or a held-out file with data.heldout_path"
+            )
+        arrays[name] = _gather(name, held, numbers, kinds, marks)
+    return Corpus(
+        train=arrays[TRAIN],
+        heldout=arrays[HELDOUT],
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(tokenizer, parts, chosen),
+        counts=_count(located, parts, chosen),
+    )
+
+
+def _gather(
+    name: str, parts: list[TokenisedPart], numbers: list[Ints], kinds: list[int],
+    marks: npt.NDArray[np.int8],
+) -> TokenArray:
+    """Return the chosen documents of several tokenised parts as one part of a corpus."""
+    arrays: list[npt.NDArray[np.unsignedinteger]] = []
+    bases = []
+    for part in parts:
+        bases.append(sum(len(array) for array in arrays))
+        arrays += [
+            np.memmap(shard, dtype=part.info.dtype, mode="r")
+            for shard in part.shards if shard.stat().st_size
+        ]
+    pairs = list(zip(parts, numbers, strict=True))
+    counts = [len(n) for n in numbers]
+    return TokenArray(
+        name=name,
+        tokens=Tokens(arrays),
+        starts=np.concatenate([b + p.starts[n] for b, (p, n) in zip(bases, pairs, strict=True)]),
+        lengths=np.concatenate([part.lengths[n] for part, n in pairs]),
+        kinds=np.repeat(np.array(kinds, dtype=np.uint8), counts),
+        sources=np.repeat(np.arange(len(parts), dtype=np.uint8), counts),
+        text_bytes=np.concatenate([part.text_bytes[n] for part, n in pairs]),
+        marks=marks,
+    )
+
+
+def _fingerprint(
+    tokenizer: DocumentTokenizer, parts: list[PartPair], chosen: Selection
+) -> str:
+    """Return a hash of the tokenizer, the tokens, and which documents are in which part."""
+    digest = hashlib.sha256(tokenizer.sha256.encode())
+    for (train, own), to_train, held in zip(parts, chosen.train, chosen.heldout, strict=True):
+        digest.update(train.info.sha256.encode())
+        digest.update(own.info.sha256.encode() if own else b"")
+        digest.update(to_train.tobytes())
+        digest.update(held.tobytes())
+    return digest.hexdigest()
+
+
+def _count(
+    located: list[LocatedSource], parts: list[PartPair], chosen: Selection
+) -> list[SourceCount]:
+    return [
+        SourceCount(
+            source=source.source.name,
+            kind=source.source.kind.value,
+            train_documents=len(chosen.train[i]),
+            train_tokens=int(train.lengths[chosen.train[i]].sum()),
+            heldout_documents=len(chosen.heldout[i]),
+            heldout_tokens=int((own or train).lengths[chosen.heldout[i]].sum()),
+            leaked_documents=chosen.leaked[i],
+            duplicate_documents=chosen.duplicates[i],
+            dropped_rows=train.info.dropped_rows + (own.info.dropped_rows if own else 0),
+            named_rows=train.info.named_rows + (own.info.named_rows if own else []),
+            identity=source.train.identity,
+        )
+        for i, (source, (train, own)) in enumerate(zip(located, parts, strict=True))
+    ]
+
+
+def _digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes were building."""
-    for building in folder.glob("building-*-*"):
-        if not psutil.pid_exists(int(building.name.split("-")[1])):
-            shutil.rmtree(building, ignore_errors=True)
-
-
-def _move_into_place(building: Path, cache: Path) -> None:
-    if cache.exists() and not (cache / "corpus.json").is_file():
-        shutil.rmtree(cache)
-    try:
-        building.rename(cache)
-    except OSError:
-        # Another process made the same entry first; the key says that it holds the same.
-        if not (cache / "corpus.json").is_file():
-            raise
-
-
-def _write_corpus(
-    folder: Path, data: DataConfig, parts: list[SourceParts], vocab_size: int, progress: Progress
-) -> None:
-    divided = []
-    for part in parts:
-        progress(f"reading {part.source.name}")
-        divided.append(_divide(part, data.heldout_fraction))
-    divided, leaked = _drop_leaks(divided)
-    train_documents = [document for train, _ in divided for document in train]
-    if data.tokenizer == "train":
-        progress(f"training a tokenizer on {len(train_documents):,} documents")
-        tokenizer = train_tokenizer(train_documents, vocab_size)
-    else:
-        tokenizer = load_tokenizer(data.tokenizer, vocab_size)
-    digest = hashlib.sha256(tokenizer.sha256.encode())
-    for name, side in ((TRAIN, 0), (HELDOUT, 1)):
-        if not any(part[side] for part in divided):
-            raise DataError(
-                f"the {name} part is empty: {sum(len(t) + len(h) for t, h in divided)} documents "
-                f"in {', '.join(part.place for part in parts)} are too few; give more data, "
-                "or a held-out file with data.heldout_path"
-            )
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(contextlib.closing(_PartWriter(folder, name)))
-            for name in (TRAIN, HELDOUT)
-        }
-        counts = _tokenize(writers, tokenizer, parts, divided, leaked, progress)
-        for writer in writers.values():
-            digest.update(writer.finish())
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    meta = {
-        "fingerprint": digest.hexdigest(),
-        "tokenizer_origin": tokenizer.origin,
-        "counts": [dataclasses.asdict(count) for count in counts],
-    }
-    (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _tokenize(
-    writers: dict[str, _PartWriter],
-    tokenizer: DocumentTokenizer,
-    parts: list[SourceParts],
-    divided: list[Divided],
-    leaked: list[int],
-    progress: Progress,
-) -> list[SourceCount]:
-    counts = []
-    for part, (train, heldout), leaks in zip(parts, divided, leaked, strict=True):
-        progress(f"tokenising {part.source.name}: {len(train) + len(heldout):,} documents")
-        tokens = {
-            name: writers[name].write(tokenizer, documents, KINDS.index(part.source.kind))
-            for name, documents in ((TRAIN, train), (HELDOUT, heldout))
-        }
-        counts.append(SourceCount(
-            part.source.name, part.source.kind.value, len(train), tokens[TRAIN], len(heldout),
-            tokens[HELDOUT], leaks, part.identity,
-        ))
-    return counts
-
-
-def _divide(part: SourceParts, heldout_fraction: float) -> Divided:
-    """Return the train and the held-out documents of a source."""
-    documents = list(part.train())
-    if not documents:
-        raise DataError(f"source '{part.source.name}' ({part.place}): empty; give more data")
-    if part.heldout is not None:
-        train, heldout = documents, list(part.heldout())
-    else:
-        bound = int(heldout_fraction * 2**64)
-        train, heldout = [], []
-        for document in documents:
-            held = int.from_bytes(document.question_digest[:8]) < bound
-            (heldout if held else train).append(document)
-    return train, heldout
-
-
-def _drop_leaks(divided: list[Divided]) -> tuple[list[Divided], list[int]]:
-    """Drop train documents whose question any source holds out; return how many of each."""
-    held = {document.question_digest for _, heldout in divided for document in heldout}
-    kept = [
-        ([document for document in train if document.question_digest not in held], heldout)
-        for train, heldout in divided
-    ]
-    leaked = [len(all_) - len(rest) for (all_, _), (rest, _) in zip(divided, kept, strict=True)]
-    return kept, leaked
-
-
-class _PartWriter:
-    """Appends tokenised documents of one part to its files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._stream = (folder / f"{name}.tokens").open("wb")
-        self._digest = hashlib.sha256()
-        self._lengths: list[int] = []
-        self._kinds: list[int] = []
-
-    def write(self, tokenizer: DocumentTokenizer, documents: list[Document], kind: int) -> int:
-        """Append documents; return how many tokens they came to."""
-        before = sum(self._lengths)
-        for batch in _batches(documents, ENCODE_BATCH):
-            encoded = tokenizer.encode(batch)
-            flat = np.fromiter((i for ids in encoded for i in ids), dtype=np.uint16)
-            self._stream.write(flat.tobytes())
-            self._digest.update(flat.tobytes())
-            self._lengths.extend(len(ids) for ids in encoded)
-            self._kinds.extend(kind for _ in encoded)
-        return sum(self._lengths) - before
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def finish(self) -> bytes:
-        """Write the rest and flush; return a hash of what the files hold."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        offsets = np.cumsum([0, *self._lengths], dtype=np.int64)
-        kinds = np.array(self._kinds, dtype=np.uint8)
-        np.save(self._folder / f"{self._name}.offsets.npy", offsets)
-        np.save(self._folder / f"{self._name}.kinds.npy", kinds)
-        self._digest.update(offsets.tobytes())
-        self._digest.update(kinds.tobytes())
-        return self._digest.digest()
-
-
-def _batches(documents: list[Document], size: int) -> Iterator[list[Document]]:
-    for start in range(0, len(documents), size):
-        yield documents[start : start + size]
-
-
-def _read_corpus(cache: Path) -> Corpus:
-    meta = json.loads((cache / "corpus.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(str(cache / "tokenizer.json"), vocab_size=65536)
-    tokenizer.origin = meta["tokenizer_origin"]
-    return Corpus(
-        train=_read_part(cache, TRAIN),
-        heldout=_read_part(cache, HELDOUT),
-        tokenizer=tokenizer,
-        fingerprint=meta["fingerprint"],
-        counts=[SourceCount(**count) for count in meta["counts"]],
-    )
-
-
-def _read_part(cache: Path, name: str) -> TokenArray:
-    return TokenArray(
-        name=name,
-        tokens=np.memmap(cache / f"{name}.tokens", dtype=np.uint16, mode="r"),
-        offsets=np.load(cache / f"{name}.offsets.npy"),
-        kinds=np.load(cache / f"{name}.kinds.npy"),
-    )
-
-
-def kind_tokens(part: TokenArray, documents: Iterable[int]) -> Counter[str]:
-    """Return how many tokens of each kind these documents hold."""
-    index = np.fromiter(documents, dtype=np.int64)
-    counted: Counter[str] = Counter()
-    for number, kind in enumerate(KINDS):
-        of_kind = index[part.kinds[index] == number]
-        if len(of_kind):
-            counted[kind.value] = int(part.lengths[of_kind].sum())
-    return counted
+def _publish(path: Path, text: str) -> None:
+    writing = path.with_suffix(f".{os.getpid()}.writing")
+    writing.write_text(text, encoding="utf-8")
+    writing.rename(path)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Role(Enum):
-    """Who speaks in a message; TEXT is running text that nobody speaks."""
+    """Who speaks in a message; TEXT is running text that nobody speaks.
+
+    TOOLS is the declaration of the tools that may be called, a JSON list; TOOL_CALL is one call, a
+    JSON object of name and arguments; TOOL is what it returned.
+    """
 
     SYSTEM = "system"
+    TOOLS = "tools"
     USER = "user"
     ASSISTANT = "assistant"
     TOOL_CALL = "tool_call"
@@ -26,6 +33,10 @@ class Kind(Enum):
     GENERAL = "general"
 
 
+# What the model says; the rest is said to it.
+SPOKEN_BY_MODEL = (Role.ASSISTANT, Role.TOOL_CALL)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     role: Role
@@ -39,14 +50,33 @@ class Document:
     messages: tuple[Message, ...]
 
     @property
-    def question_digest(self) -> bytes:
-        """A hash of what is asked, by which train and held-out parts are kept apart.
+    def question_digest(self) -> int:
+        """64 bits of a hash of what is asked, by which train and held-out parts are kept apart.
 
         Whitespace and case do not count, so that trivial variants fall on the same side.
         """
         asked = [m.content for m in self.messages if m.role in (Role.USER, Role.TEXT)]
         normalized = " ".join(" ".join(asked).lower().split())
-        return hashlib.sha256(normalized.encode()).digest()
+        return _digest(normalized)
+
+    @property
+    def text_bytes(self) -> int:
+        """The size of its text in UTF-8, control tokens not counted."""
+        return sum(len(message.content.encode()) for message in self.messages)
+
+    @property
+    def digest(self) -> int:
+        """64 bits of a hash of the whole document, by which exact duplicates are found."""
+        return _digest("\0".join(f"{m.role.value}\0{m.content}" for m in self.messages))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def dump_json(value: Any) -> str:
+    """Return JSON as every document has it, and as a chat template's `tojson` writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def conversation(*turns: tuple[Role, str]) -> Document:

@@ -6,12 +6,13 @@ answers are templated: they try the pipeline, they do not make a useful model.
 
 from __future__ import annotations
 
-import json
+import difflib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from svend.data.documents import Document, Role, conversation
+from svend.data.documents import Document, Role, conversation, dump_json
+from svend.errors import ConfigError
 
 # Short problems beside gsm_symbolic's worked ones, which make up the rest.
 ARITHMETIC_SETS = ("basic_arithmetic", "chain_sum", "simple_equations", "leg_counting", "gcd")
@@ -60,12 +61,29 @@ def tool_use_documents(count: int, seed: int) -> Iterator[Document]:
         call = {"name": name, "arguments": TOOLS[name][1](problem["metadata"])}
         answer = str(problem["answer"])
         yield conversation(
-            (Role.SYSTEM, json.dumps(declarations)),
+            (Role.TOOLS, dump_json(declarations)),
             (Role.USER, problem["question"].strip()),
-            (Role.TOOL_CALL, json.dumps(call)),
+            (Role.TOOL_CALL, dump_json(call)),
             (Role.TOOL, answer),
             (Role.ASSISTANT, f"#### {answer}"),
         )
+
+
+def problems(name: str, count: int, seed: int) -> Iterator[Document]:
+    """Yield the problems of one data set of reasoning-gym, with their answers."""
+    for problem in _problems(name, count, seed):
+        answer = f"#### {problem['answer']}"
+        yield conversation((Role.USER, problem["question"].strip()), (Role.ASSISTANT, answer))
+
+
+def check_problem_set(name: str) -> None:
+    """Raise ConfigError if reasoning-gym has no data set of this name."""
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(DATASETS)} others"
+        raise ConfigError(f"training.data.sources: reasoning-gym has no '{name}'; {hint}")
 
 
 def _problems(name: str, count: int, seed: int) -> Any:

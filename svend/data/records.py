@@ -1,44 +1,97 @@
-"""Records from local files or the hub, each with the place that an error message can name."""
+"""Rows from local files or the hub, in chunks, each with the place that an error message can name.
+
+Nothing here holds more than a chunk, whatever the size of the file.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from svend.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
+CHUNK_BYTES = 1 << 20
+CHUNK_ROWS = 1000
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", record) from JSON Lines, Parquet, CSV or text.
+class RowError(Exception):
+    """A row that cannot be used; the message says why."""
 
-    A text file is one record per paragraph block, under the key `text`. Raises DataError that
-    names file and line for what cannot be read.
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of one file in its order: lines still to be parsed, or records."""
+
+    file: str
+    numbers: Sequence[int]
+    rows: Sequence[Any]
+    unit: str = ""
+
+    def place(self, index: int) -> str:
+        """Where a row stands: `file:line`, or what counts in this kind of file."""
+        number = self.numbers[index]
+        return f"{self.file}: {self.unit} {number}" if self.unit else f"{self.file}:{number}"
+
+
+def parse_row(row: Any) -> Record:
+    """Return the record of a row. Raises RowError for a line that is not a JSON object."""
+    if not isinstance(row, bytes):
+        record: Record = row
+        return record
+    try:
+        parsed = json.loads(row)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"not JSON ({error}); mend or remove the line") from None
+    if not isinstance(parsed, dict):
+        raise RowError(
+            f"expected a JSON object, found {type(parsed).__name__}; each line must be one record"
+        )
+    return parsed
+
+
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """Yield the rows of JSON Lines (also gzipped), Parquet, CSV or text.
+
+    A text file is one record per paragraph, under the key `text`. Raises DataError that names the
+    file for what cannot be read.
     """
-    if path.suffix in (".jsonl", ".json"):
-        yield from _json_lines(path)
-    elif path.suffix in (".parquet", ".csv"):
-        yield from _table_rows(path)
-    elif path.suffix == ".txt":
-        yield from _paragraphs(path)
-    else:
-        raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+    read = _reader(path)
+    try:
+        yield from read(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: truncated or damaged gzip ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def find_split(folder: Path, *names: str) -> Path | None:
-    """Return the first file in `folder` called one of `names` with a suffix that can be read."""
+def find_split(folder: Path, *names: str) -> list[Path]:
+    """Return the files in `folder`, or in its `data`, of the first of `names` that has any.
+
+    A split is one file, or several in the hub's numbering, `train-00000-of-00004.parquet`.
+    """
     for name in names:
-        for suffix in SUFFIXES:
-            candidate = folder / f"{name}{suffix}"
-            if candidate.is_file():
-                return candidate
-    return None
+        for place in (folder, folder / "data"):
+            for suffix in SUFFIXES:
+                if (place / f"{name}{suffix}").is_file():
+                    return [place / f"{name}{suffix}"]
+                numbered = sorted(place.glob(f"{name}-[0-9]*{suffix}"))
+                if numbered:
+                    return numbered
+    return []
 
 
 def file_digest(path: Path) -> str:
@@ -50,69 +103,156 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def hub_commit(repository: str, revision: str) -> str:
+    """Return the commit that a revision of a data set on the hub stands for now."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from requests.exceptions import RequestException
+
+    try:
+        commit = HfApi().dataset_info(repository, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
+        raise _unreachable(repository, error) from error
+    if commit is None:
+        raise DataError(f"{repository}: the hub names no commit for revision '{revision}'")
+    return commit
+
+
 def stream_hub(
     repository: str, subset: str | None, split: str, revision: str, count: int
-) -> Iterator[tuple[str, Record]]:
-    """Yield ("repository:row", record) for the first `count` rows of a data set on the hub."""
+) -> Iterator[Chunk]:
+    """Yield the first `count` rows of a data set on the hub."""
     from datasets import load_dataset  # imports pandas and pyarrow: only where it is used
 
     place = f"{repository} ({split})"
     try:
         rows = load_dataset(repository, subset, split=split, revision=revision, streaming=True)
-        for index, record in enumerate(rows):
-            if index == count:
-                return
-            yield f"{place}:{index + 1}", dict(record)
+        numbered = enumerate(itertools.islice(rows, count), start=1)
+        yield from _in_chunks(place, ((number, dict(row)) for number, row in numbered))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(
-            f"{place}: the hub cannot be read ({reason}); "
-            "give a local copy with data.path=FOLDER_OR_FILE"
-        ) from error
+        raise _unreachable(place, error) from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{place}: not UTF-8 at byte {error.start}; save the file as UTF-8"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not JSON ({error}); mend or remove the line") from None
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{place}: expected a JSON object, found {type(record).__name__}; "
-                    "each line must be one record"
-                )
-            yield place, record
+def _unreachable(place: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return DataError(
+        f"{place}: the hub cannot be read ({reason}); "
+        "give a local copy with data.path=FOLDER_OR_FILE"
+    )
 
 
-def _table_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    import pandas as pd
+def _reader(path: Path) -> Callable[[Path], Iterator[Chunk]]:
+    for suffixes, reader in (
+        ((".jsonl", ".json", ".jsonl.gz", ".json.gz"), _json_lines),
+        ((".parquet",), _parquet_rows),
+        ((".csv",), _csv_rows),
+        ((".txt",), _paragraphs),
+    ):
+        if path.name.endswith(suffixes):
+            return reader
+    raise DataError(f"{path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
 
+
+def _json_lines(path: Path) -> Iterator[Chunk]:
+    number = 1
+    with _opened(path) as stream:
+        while lines := stream.readlines(CHUNK_BYTES):
+            if number == 1 and lines[0].lstrip().startswith(b"["):
+                yield from _json_array(path, b"".join(lines) + stream.read())
+                return
+            numbered = [(n, line) for n, line in enumerate(lines, number) if line.strip()]
+            number += len(lines)
+            if numbered:
+                yield Chunk(str(path), [n for n, _ in numbered], [line for _, line in numbered])
+
+
+def _json_array(path: Path, content: bytes) -> Iterator[Chunk]:
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else (
-            pd.read_csv(path, dtype=str, keep_default_na=False)
-        )
-    except (ValueError, OSError) as error:
-        # pyarrow's and pandas' own errors derive from these two.
+        records = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    for record in records:
+        if not isinstance(record, dict):
+            raise DataError(f"{path}: expected a list of JSON objects")
+    yield from _in_chunks(str(path), enumerate(records, start=1), "record")
+
+
+def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _parquet_rows(path: Path) -> Iterator[Chunk]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 1
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(CHUNK_ROWS):
+                rows = batch.to_pylist()
+                yield Chunk(str(path), range(number, number + len(rows)), rows, "row")
+                number += len(rows)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    first = 2 if path.suffix == ".csv" else 1  # a CSV's first line names the columns
-    for number, record in enumerate(table.to_dict("records"), start=first):
-        yield f"{path}:{number}", {str(key): value for key, value in record.items()}
 
 
-def _paragraphs(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    for number, block in enumerate(text.split("\n\n"), start=1):
-        if block.strip():
-            yield f"{path}: paragraph {number}", {"text": block.strip()}
+def _csv_rows(path: Path) -> Iterator[Chunk]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        table = csv.reader(stream, strict=True)
+
+        def rows() -> Iterator[tuple[int, Record]]:
+            header = next(table, None)
+            if header is None:
+                return
+            first = table.line_num + 1
+            for cells in table:
+                if cells:
+                    if len(cells) != len(header):
+                        raise DataError(
+                            f"{path}:{first}: {len(cells)} cells, and the header names "
+                            f"{len(header)}; mend the line"
+                        )
+                    yield first, dict(zip(header, cells, strict=True))
+                first = table.line_num + 1
+
+        try:
+            yield from _in_chunks(str(path), rows())
+        except csv.Error as error:
+            raise DataError(f"{path}:{table.line_num}: cannot be read ({error})") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: not UTF-8 after line {table.line_num} ({error.reason}); save it as UTF-8"
+            ) from None
+
+
+def _paragraphs(path: Path) -> Iterator[Chunk]:
+    def paragraphs() -> Iterator[tuple[int, Record]]:
+        number, size = 1, 0
+        held: list[str] = []
+        with path.open("rb") as stream:
+            for line_number, line in enumerate(stream, start=1):
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}:{line_number}: not UTF-8 at byte {error.start} of the line; save "
+                        "it as UTF-8"
+                    ) from None
+                # A book without paragraphs is read in pieces: nothing here grows with the file.
+                if held and (not text.strip() or size > CHUNK_BYTES):
+                    yield number, {"text": "".join(held).strip()}
+                    number, held, size = number + 1, [], 0
+                if text.strip():
+                    held.append(text)
+                    size += len(text)
+        if held:
+            yield number, {"text": "".join(held).strip()}
+
+    yield from _in_chunks(str(path), paragraphs(), "paragraph")
+
+
+def _in_chunks(file: str, rows: Iterator[tuple[int, Record]], unit: str = "") -> Iterator[Chunk]:
+    while taken := list(itertools.islice(rows, CHUNK_ROWS)):
+        numbers, records = zip(*taken, strict=True)
+        yield Chunk(file, numbers, records, unit)

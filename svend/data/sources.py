@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svend.data import embedded
-from svend.data.documents import Document, Kind, Role, conversation
-from svend.data.records import Record, file_digest, find_split, read_records, stream_hub
+from svend.data.documents import Document, Kind
+from svend.data.records import (
+    CHUNK_ROWS,
+    Chunk,
+    file_digest,
+    find_split,
+    hub_commit,
+    read_chunks,
+    stream_hub,
+)
+from svend.data.schemas import find_schema
 from svend.errors import ConfigError, DataError
-from svend.pipeline.config import DataConfig
+from svend.pipeline.config import DataConfig, OwnSource
+
+SCHEMAS = "svend.data.schemas"
+# A commit of a repository on the hub: what a revision of this form names, no one can change.
+COMMIT_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -26,59 +41,53 @@ class GeneratedSource:
 
 @dataclass(frozen=True)
 class RecordSource:
-    """A data set on the hub, or a local copy of it in the same schema."""
+    """A data set on the hub, or a local copy of it in the same schema.
+
+    `to_document` names the function that makes a document of a record: a process of its own
+    imports it by that name.
+    """
 
     name: str
     kind: Kind
-    repository: str
-    subset: str | None
-    revision: str
-    heldout_split: str | None
-    to_document: Callable[[Record], Document]
+    repository: str | None
+    to_document: str
+    subset: str | None = None
+    revision: str = "main"
+    heldout_split: str | None = None
+    path: str | None = None
 
 
 Source = GeneratedSource | RecordSource
 
 
 @dataclass(frozen=True)
-class SourceParts:
-    """One source of a run, found but not yet read: its train part and, if it has one, held-out."""
+class SourcePart:
+    """One part of a source, found but not yet read.
+
+    `identity` says what `read` yields, so that two of the same identity are the same. Chunks hold
+    rows for `to_document`, or documents where that is None. `stamps` are sizes and times of the
+    files, by which a change during reading shows.
+    """
+
+    source: str
+    name: str
+    identity: dict[str, Any]
+    read: Callable[[], Iterator[Chunk]]
+    to_document: str | None
+    files: tuple[Path, ...] = ()
+
+    def stamps(self) -> list[tuple[int, int]]:
+        return [_stamp(path) for path in self.files]
+
+
+@dataclass(frozen=True)
+class LocatedSource:
+    """A source of a run: its train part and, if it has one of its own, its held-out part."""
 
     source: Source
     place: str
-    identity: dict[str, Any]
-    train: Callable[[], Iterator[Document]]
-    heldout: Callable[[], Iterator[Document]] | None
-
-
-def gsm8k_document(record: Record) -> Document:
-    """openai/gsm8k: question; answer with <<calculator>> marks and `#### result`."""
-    return conversation((Role.USER, record["question"]), (Role.ASSISTANT, record["answer"]))
-
-
-def openmath_document(record: Record) -> Document:
-    """nvidia/OpenMathInstruct-2: problem, generated_solution, expected_answer."""
-    solution, expected = record["generated_solution"], record["expected_answer"]
-    if not isinstance(solution, str) or not isinstance(expected, str):
-        raise ValueError("generated_solution and expected_answer must be text")
-    answer = f"{solution}\n#### {expected}"
-    return conversation((Role.USER, record["problem"]), (Role.ASSISTANT, answer))
-
-
-def slimorca_document(record: Record) -> Document:
-    """Open-Orca/SlimOrca: conversations, a list of from (system, human, gpt) and value."""
-    roles = {"system": Role.SYSTEM, "human": Role.USER, "gpt": Role.ASSISTANT}
-    for turn in record["conversations"]:
-        if turn["from"] not in roles:
-            raise ValueError(f"unknown speaker '{turn['from']}'; known: {', '.join(roles)}")
-    return conversation(
-        *((roles[turn["from"]], turn["value"]) for turn in record["conversations"])
-    )
-
-
-def text_document(record: Record) -> Document:
-    """Running text under the key `text`."""
-    return conversation((Role.TEXT, record["text"]))
+    train: SourcePart
+    heldout: SourcePart | None
 
 
 SOURCES: dict[str, Source] = {
@@ -87,33 +96,59 @@ SOURCES: dict[str, Source] = {
         GeneratedSource("gym_reasoning", Kind.REASONING, embedded.reasoning_documents),
         GeneratedSource("gym_tool_use", Kind.TOOL_USE, embedded.tool_use_documents),
         GeneratedSource("gym_general", Kind.GENERAL, embedded.general_documents),
-        RecordSource(
-            "gsm8k", Kind.REASONING, "openai/gsm8k", "main", "main", "test", gsm8k_document
-        ),
-        RecordSource(
-            "openmath", Kind.REASONING, "nvidia/OpenMathInstruct-2", None, "main", None,
-            openmath_document,
-        ),
-        RecordSource(
-            "slimorca", Kind.GENERAL, "Open-Orca/SlimOrca", None, "main", None, slimorca_document
-        ),
-        RecordSource("text", Kind.GENERAL, "text", None, "main", None, text_document),
+        RecordSource("gsm8k", Kind.REASONING, "openai/gsm8k", f"{SCHEMAS}:gsm8k_document",
+                     subset="main", heldout_split="test"),
+        RecordSource("openmath", Kind.REASONING, "nvidia/OpenMathInstruct-2",
+                     f"{SCHEMAS}:openmath_document"),
+        RecordSource("slimorca", Kind.GENERAL, "Open-Orca/SlimOrca",
+                     f"{SCHEMAS}:slimorca_document"),
+        RecordSource("xlam", Kind.TOOL_USE, "Salesforce/xlam-function-calling-60k",
+                     f"{SCHEMAS}:xlam_document"),
+        RecordSource("toolace", Kind.TOOL_USE, "Team-ACE/ToolACE", f"{SCHEMAS}:toolace_document"),
+        RecordSource("text", Kind.GENERAL, None, f"{SCHEMAS}:text_document"),
     )
 }
+# `gym:NAME` is the data set NAME of reasoning-gym.
+GYM_PREFIX = "gym:"
 
 
-def locate_sources(data: DataConfig, seed: int) -> list[SourceParts]:
+def find_source(name: str, data: DataConfig) -> Source:
+    """Return a source by its name. Raises ConfigError for a name that nothing has."""
+    for own in data.own_sources:
+        if own.name == name:
+            return _own_source(own)
+    if name.startswith(GYM_PREFIX):
+        gym_name = name.removeprefix(GYM_PREFIX)
+        embedded.check_problem_set(gym_name)
+        return GeneratedSource(
+            name, Kind.REASONING, lambda count, seed: embedded.problems(gym_name, count, seed)
+        )
+    if name not in SOURCES:
+        known = ", ".join((*(own.name for own in data.own_sources), *SOURCES, f"{GYM_PREFIX}NAME"))
+        raise ConfigError(f"training.data.sources: unknown source '{name}'; known: {known}")
+    return SOURCES[name]
+
+
+def _own_source(own: OwnSource) -> RecordSource:
+    kinds = [kind.value for kind in Kind]
+    if own.kind not in kinds:
+        raise ConfigError(
+            f"training.data.own_sources: {own.name}: kind = {own.kind}: must be one of "
+            f"{', '.join(kinds)}"
+        )
+    find_schema(own.to_document)
+    return RecordSource(own.name, Kind(own.kind), own.repository, own.to_document, own.subset,
+                        own.revision, own.heldout_split, own.path)
+
+
+def locate_sources(data: DataConfig, seed: int) -> list[LocatedSource]:
     """Find every source of a recipe, and check that the mix can be made of them.
 
     Raises ConfigError for an unknown source or a ratio without a source, DataError for a path
     that does not exist.
     """
-    unknown = [name for name in data.sources if name not in SOURCES]
-    if unknown:
-        raise ConfigError(
-            f"training.data.sources: unknown source '{unknown[0]}'; known: {', '.join(SOURCES)}"
-        )
-    from_records = [name for name in data.sources if isinstance(SOURCES[name], RecordSource)]
+    sources = [find_source(name, data) for name in data.sources]
+    from_records = [source for source in sources if isinstance(source, RecordSource)]
     if data.path is not None and not from_records:
         raise ConfigError(
             f"data.path = {data.path}: the sources {', '.join(data.sources)} are made on the spot "
@@ -125,7 +160,7 @@ def locate_sources(data: DataConfig, seed: int) -> list[SourceParts]:
             f"the recipe has {len(from_records)}"
         )
     mix_of(data)
-    return [_locate(SOURCES[name], data, seed) for name in data.sources]
+    return [_locate(source, data, seed) for source in sources]
 
 
 def mix_of(data: DataConfig) -> dict[str, float]:
@@ -135,7 +170,7 @@ def mix_of(data: DataConfig) -> dict[str, float]:
     are left out and the rest keep their proportions. Any other ratio without a source raises
     ConfigError.
     """
-    kinds = {SOURCES[name].kind.value for name in data.sources}
+    kinds = {find_source(name, data).kind.value for name in data.sources}
     known_kinds = [kind.value for kind in Kind]
     for kind, ratio in data.mix_ratios.items():
         if kind not in known_kinds:
@@ -158,69 +193,137 @@ def mix_of(data: DataConfig) -> dict[str, float]:
     }
 
 
-def _locate(source: Source, data: DataConfig, seed: int) -> SourceParts:
-    assert data.num_samples is not None  # set by PipelineConfig.resolve
-    count = data.num_samples
+def _locate(source: Source, data: DataConfig, seed: int) -> LocatedSource:
     if isinstance(source, GeneratedSource):
-        generate = source.generate
-        identity = {
-            "source": source.name,
-            "generator": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}",
-            "count": count,
-            "seed": seed,
-        }
-        place = identity["generator"]
-        return SourceParts(source, str(place), identity, lambda: generate(count, seed), None)
-    if data.path is None:
-        return _locate_on_hub(source, count)
-    train_path, heldout_path = _local_files(source, data)
-    identity = {"source": source.name, "train": file_digest(train_path)}
-    if heldout_path is not None:
-        identity["heldout"] = file_digest(heldout_path)
-    return SourceParts(
+        return _locate_generator(source, data, seed)
+    path = source.path or data.path
+    if path is None:
+        return _locate_on_hub(source, data)
+    train, heldout = _local_files(source, path, data)
+    return LocatedSource(
         source,
-        str(train_path),
-        identity,
-        lambda: _documents(source, read_records(train_path)),
-        None if heldout_path is None else lambda: _documents(source, read_records(heldout_path)),
+        ", ".join(str(file) for file in train),
+        _files_part(source, "train", train, data),
+        _files_part(source, "heldout", heldout, data) if heldout else None,
     )
 
 
-def _locate_on_hub(source: RecordSource, count: int) -> SourceParts:
-    if source.name == "text":
-        raise ConfigError("source 'text' has no place on the hub: set data.path to a .txt file")
+def _locate_generator(source: GeneratedSource, data: DataConfig, seed: int) -> LocatedSource:
+    assert data.num_samples is not None  # set by PipelineConfig.resolve
+    count = data.num_samples
+    place = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
+    identity = {"source": source.name, "generator": place, "count": count, "seed": seed}
 
-    def part(split: str) -> Callable[[], Iterator[Document]]:
-        return lambda: _documents(
-            source,
-            stream_hub(source.repository, source.subset, split, source.revision, count),
+    def read() -> Iterator[Chunk]:
+        documents, number = source.generate(count, seed), 1
+        while taken := [d for _, d in zip(range(CHUNK_ROWS), documents, strict=False)]:
+            yield Chunk(source.name, range(number, number + len(taken)), taken)
+            number += len(taken)
+
+    part = SourcePart(source.name, source.name, identity, read, None)
+    return LocatedSource(source, place, part, None)
+
+
+def _files_part(
+    source: RecordSource, name: str, files: list[Path], data: DataConfig
+) -> SourcePart:
+    digests = [_known_digest(path, Path(data.cache_dir).expanduser()) for path in files]
+    identity = {"source": source.name, "files": digests, "schema": _schema_digest(source)}
+
+    def read() -> Iterator[Chunk]:
+        for path in files:
+            yield from read_chunks(path)
+
+    return SourcePart(
+        source.name, f"{source.name} {name}", identity, read, source.to_document, tuple(files)
+    )
+
+
+def _schema_digest(source: RecordSource) -> str:
+    """What names the code that makes documents: an own file's content, else the function."""
+    place, _, name = source.to_document.rpartition(":")
+    if place.endswith(".py"):
+        return f"{file_digest(Path(place).expanduser())}:{name}"
+    return source.to_document
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _known_digest(path: Path, cache: Path) -> str:
+    """Return a file's hash, computed once for as long as its size and time stay the same."""
+    note = cache / "digests.json"
+    key = f"{path.resolve()} {_stamp(path)}"
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = file_digest(path)
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            writing = note.with_name(f"digests-{os.getpid()}.writing")
+            writing.write_text(json.dumps(known), encoding="utf-8")
+            writing.replace(note)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror}); "
+                "free space, or choose another"
+            ) from error
+    digest: str = known[key]
+    return digest
+
+
+def _locate_on_hub(source: RecordSource, data: DataConfig) -> LocatedSource:
+    if source.repository is None:
+        raise ConfigError(
+            f"source '{source.name}' has no place on the hub: set data.path to a file or folder"
+        )
+    assert data.num_samples is not None  # set by PipelineConfig.resolve
+    repository, count = source.repository, data.num_samples
+    revision = data.revisions.get(source.name, source.revision)
+    pinned = len(revision) == COMMIT_LENGTH and all(c in "0123456789abcdef" for c in revision)
+    commit = revision if pinned else hub_commit(repository, revision)
+
+    def part(split: str) -> SourcePart:
+        identity = {"source": source.name, "repository": repository, "subset": source.subset,
+                    "revision": commit, "split": split, "count": count,
+                    "schema": _schema_digest(source)}
+        return SourcePart(
+            source.name, f"{source.name} {split}", identity,
+            lambda: stream_hub(repository, source.subset, split, commit, count),
+            source.to_document,
         )
 
-    identity = {"source": source.name, "repository": source.repository,
-                "revision": source.revision, "count": count}
     heldout = part(source.heldout_split) if source.heldout_split else None
-    return SourceParts(source, source.repository, identity, part("train"), heldout)
+    return LocatedSource(source, f"{repository}@{commit[:12]}", part("train"), heldout)
 
 
-def _local_files(source: RecordSource, data: DataConfig) -> tuple[Path, Path | None]:
-    """The train and held-out file of a source under `data.path`."""
-    assert data.path is not None
-    path = Path(data.path).expanduser()
+def _local_files(
+    source: RecordSource, place: str, data: DataConfig
+) -> tuple[list[Path], list[Path]]:
+    """The train and held-out files of a source under a path."""
+    path = Path(place).expanduser()
     if not path.exists():
         raise DataError(f"data.path {path.absolute()}: no such file or folder")
-    train: Path | None
+    shared = len(data.sources) > 1 and source.path is None
     if path.is_file():
-        if len(data.sources) > 1:
+        if shared:
             raise ConfigError(
                 f"data.path {path} is one file for {len(data.sources)} sources; give a folder "
                 f"that holds {' and '.join(f'{name}.jsonl' for name in data.sources)}"
             )
-        train, folder = path, path.parent
+        train, folder = [path], path.parent
     else:
         folder = path / source.name if (path / source.name).is_dir() else path
-        names = (source.name, "train") if len(data.sources) > 1 else ("train", source.name)
+        names = (source.name, "train") if shared else ("train", source.name)
         train = find_split(folder, *names)
-        if train is None:
+        if not train:
             raise DataError(
                 f"data.path {path.absolute()}: no file for source '{source.name}'; "
                 f"expected {folder / 'train.jsonl'} or {folder / (source.name + '.jsonl')}"
@@ -229,35 +332,6 @@ def _local_files(source: RecordSource, data: DataConfig) -> tuple[Path, Path | N
         heldout = Path(data.heldout_path).expanduser()
         if not heldout.is_file():
             raise DataError(f"data.heldout_path {heldout.absolute()}: no such file")
-        return train, heldout
-    beside = find_split(folder, "test", "validation") if train.stem == "train" else None
-    return train, beside
-
-
-def _documents(source: RecordSource, records: Iterator[tuple[str, Record]]) -> Iterator[Document]:
-    for place, record in records:
-        try:
-            document = source.to_document(record)
-        except KeyError as error:
-            raise DataError(
-                f"{place}: no key {error} for source '{source.name}'; found {', '.join(record)}"
-            ) from None
-        except (TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{place}: not in the schema of '{source.name}' ({error})") from None
-        if not document.messages:
-            raise DataError(f"{place}: no messages for source '{source.name}'; remove the record")
-        for message in document.messages:
-            if not isinstance(message.content, str):
-                raise DataError(
-                    f"{place}: {message.role.value} is {type(message.content).__name__}, not text"
-                )
-            if not message.content.strip() and message is document.messages[-1]:
-                raise DataError(f"{place}: the {message.role.value} is empty; remove the record")
-            try:
-                message.content.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{place}: {message.role.value} is not Unicode text ({error.reason} at "
-                    f"character {error.start + 1}); mend the record"
-                ) from None
-        yield document
+        return train, [heldout]
+    is_split = train[0].name.startswith(("train.", "train-"))
+    return train, find_split(folder, "test", "validation") if is_split else []

@@ -1,12 +1,17 @@
 """The order in which a run sees its data. The whole state is one integer.
 
-Documents are mixed by the recipe's ratios and packed once; every epoch shuffles the rows anew
-from the seed. Sequence number i is therefore known without having read the ones before it.
+Each kind of the mix is packed into rows of its own; every time a kind is gone through, its rows
+are shuffled anew from the seed. Row number i of a run is of a kind that i alone decides, so that
+the mix holds over any stretch, and any row is known without having read the ones before it.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,131 +19,330 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from svend.data.chat import spoken_by_model
 from svend.data.corpus import KINDS, TokenArray
 from svend.data.packing import PackedRows, pack_rows
+from svend.data.selection import Ints
 from svend.data.sources import mix_of
 from svend.errors import DataError
-from svend.pipeline.config import DataConfig, LongDocuments
+from svend.pipeline.config import DataConfig, Exhausted, LongDocuments, LossOn
 
 PADDING_DOCUMENT = -1
+IGNORE_LABEL = -100
+# Rows after which the pattern of kinds repeats; ratios are kept to one part in so many.
+PERIOD = 10_000
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, (batch, positions), and the number of each position's document in its row.
+    """Token ids, labels and document numbers, each (batch, positions).
 
-    Padding has document number -1.
+    A label is the id of the next token of the same document, or -100 where there is none or where
+    training is not to learn it. Padding has document number -1.
     """
 
     tokens_BT: Tensor
+    labels_BT: Tensor
     documents_BT: Tensor
+
+    @classmethod
+    def of(cls, tokens_BT: Tensor, documents_BT: Tensor) -> Batch:
+        """Return a batch in which every next token is to be learnt."""
+        return cls(tokens_BT, next_token_labels(tokens_BT, documents_BT), documents_BT)
+
+    @property
+    def predicted_tokens(self) -> int:
+        return int((self.labels_BT >= 0).sum())
 
 
 class PackedSequences:
-    """The rows of one part of a corpus, mixed, packed, and shuffled anew each epoch."""
+    """The rows of one part of a corpus, packed by kind, mixed, and shuffled anew each epoch."""
 
     def __init__(self, part: TokenArray, data: DataConfig, seed: int) -> None:
         assert data.max_seq_length is not None  # set by PipelineConfig.resolve
-        self._tokens = part.tokens
+        self._part = part
         self._length = data.max_seq_length
-        self._seed = seed
-        documents = mix_documents(part, mix_of(data), seed)
-        self.mixed_documents = documents
-        self._rows: PackedRows = pack_rows(
-            part.offsets[documents],
-            part.lengths[documents],
-            self._length,
-            split_long=data.long_documents is LongDocuments.SPLIT,
-        )
-        if len(self._rows) == 0:
-            raise DataError(
-                f"no document fits into {self._length} tokens; "
-                "raise data.max_seq_length or set data.long_documents=split"
-            )
+        self._marks = part.marks if data.loss_on is LossOn.ANSWERS else None
+        mix = mix_of(data)
+        split_long = data.long_documents is LongDocuments.SPLIT
+        self._kinds = [
+            _KindRows.packed(part, number, self._length, split_long, seed)
+            for number, kind in enumerate(KINDS) if mix.get(kind.value, 0.0) > 0
+        ]
+        # Rows of one kind may be fuller than another's, and the ratios are of tokens.
+        needed = [mix[KINDS[rows.kind].value] / rows.tokens_per_row for rows in self._kinds]
+        self._counts = _apportion(needed, PERIOD)
+        self._pattern, self._ranks = _interleave(self._counts)
+        epochs = [len(rows) * PERIOD / count
+                  for rows, count in zip(self._kinds, self._counts, strict=True)]
+        longest = data.exhausted is Exhausted.REPEAT
+        self._epoch_rows = max(1, math.ceil(max(epochs)) if longest else int(min(epochs)))
 
     def __len__(self) -> int:
-        """Sequences in one epoch."""
-        return len(self._rows)
+        """Sequences in one epoch: until a kind of the mix runs out, or all have been seen."""
+        return self._epoch_rows
+
+    @property
+    def padding(self) -> float:
+        """The share of positions in an epoch that hold no token."""
+        return 1 - sum(self.tokens_by_kind(len(self)).values()) / (len(self) * self._length)
+
+    @property
+    def dropped_documents(self) -> int:
+        """Documents left out because they are longer than a row."""
+        return sum(rows.dropped for rows in self._kinds)
+
+    @property
+    def split_documents(self) -> int:
+        """Documents cut because they are longer than a row."""
+        return sum(rows.split for rows in self._kinds)
+
+    def tokens_by_kind(self, sequences: int) -> dict[str, int]:
+        """Return about how many tokens of each kind the first so many sequences hold."""
+        return {
+            KINDS[rows.kind].value: round(count * rows.tokens_per_row)
+            for rows, count in zip(self._kinds, self._rows_by_kind(sequences), strict=True)
+        }
+
+    def epochs_by_source(self, sequences: int) -> dict[int, float]:
+        """Return how often the first so many sequences go through each source, by its number."""
+        return {
+            int(source): count / len(rows)
+            for rows, count in zip(self._kinds, self._rows_by_kind(sequences), strict=True)
+            for source in rows.sources
+        }
 
     def batch(self, first: int, size: int) -> Batch:
-        """Return sequences first .. first + size - 1 of the endless order over epochs."""
-        tokens_BT = np.zeros((size, self._length), dtype=np.int64)
-        documents_BT = np.full((size, self._length), PADDING_DOCUMENT, dtype=np.int64)
+        """Return sequences first .. first + size - 1 of the endless order."""
+        tokens_BT = torch.zeros((size, self._length), dtype=torch.int64)
+        documents_BT = torch.full_like(tokens_BT, PADDING_DOCUMENT)
+        learnt_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
         for slot, number in enumerate(range(first, first + size)):
-            epoch, place = divmod(number, len(self._rows))
-            row = self._epoch_order(epoch)[place]
-            at = 0
-            pieces = range(self._rows.row_offsets[row], self._rows.row_offsets[row + 1])
-            for document, piece in enumerate(pieces):
-                start, length = self._rows.starts[piece], self._rows.lengths[piece]
-                tokens_BT[slot, at : at + length] = self._tokens[start : start + length]
-                documents_BT[slot, at : at + length] = document
-                at += length
-        return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(documents_BT))
+            self._fill(
+                number, tokens_BT[slot].numpy(), documents_BT[slot].numpy(),
+                learnt_BT[slot].numpy(),
+            )
+        labels_BT = next_token_labels(tokens_BT, documents_BT)
+        labels_BT[:, :-1].masked_fill_(~learnt_BT[:, 1:], IGNORE_LABEL)
+        return Batch(tokens_BT, labels_BT, documents_BT)
 
     def first(self, count: int) -> Iterator[Batch]:
         """Yield the first `count` sequences, or all if there are fewer, one to a batch."""
         return (self.batch(number, 1) for number in range(min(count, len(self))))
 
-    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch != getattr(self, "_ordered_epoch", None):
-            generator = np.random.default_rng([self._seed, epoch])
-            self._order = generator.permutation(len(self._rows))
-            self._ordered_epoch = epoch
-        return self._order
+    def bytes_per_token(self, count: int) -> float:
+        """Return bytes of text per token in the first `count` sequences, or in all.
+
+        A piece of a document counts by its tokens.
+        """
+        text_bytes, tokens = 0.0, 0
+        for number in range(min(count, len(self))):
+            for start, length in self._pieces(number):
+                document = self._document_at(start)
+                share = length / self._part.lengths[document]
+                text_bytes += self._part.text_bytes[document] * share
+                tokens += length
+        return text_bytes / tokens
+
+    def _rows_by_kind(self, sequences: int) -> Ints:
+        blocks, place = divmod(sequences, PERIOD)
+        begun = np.bincount(self._pattern[:place], minlength=len(self._kinds))
+        return blocks * np.array(self._counts) + begun
+
+    def _pieces(self, number: int) -> Iterator[tuple[int, int]]:
+        """Yield start and length of what sequence `number` holds."""
+        block, place = divmod(number, PERIOD)
+        kind = int(self._pattern[place])
+        rows = self._kinds[kind]
+        return rows.pieces(block * self._counts[kind] + int(self._ranks[place]))
+
+    def _fill(
+        self, number: int, tokens_T: Ints, documents_T: Ints, learnt_T: npt.NDArray[np.bool_]
+    ) -> None:
+        """Write sequence `number`: its tokens, their documents, and which are to be predicted."""
+        at, begins, spoken = 0, [], []
+        for document, (start, length) in enumerate(self._pieces(number)):
+            tokens_T[at : at + length] = self._part.tokens.read(start, length)
+            documents_T[at : at + length] = document
+            if self._marks is not None:
+                begins.append(at)
+                spoken.append(self._is_spoken_at(start))
+            at += length
+        if self._marks is not None:
+            learnt_T[:at] = spoken_by_model(tokens_T[:at], begins, spoken, self._marks)
+
+    def _is_spoken_at(self, start: int) -> bool:
+        """Whether the model speaks where a piece starts that begins with no control token."""
+        assert self._marks is not None
+        begin = int(self._part.starts[self._document_at(start)])
+        if start == begin:
+            return True  # running text: a conversation begins with a control token
+        before_T = self._part.tokens.read(begin, start - begin).astype(np.int64)
+        return bool(spoken_by_model(before_T, [0], [True], self._marks)[-1])
+
+    def _document_at(self, start: int) -> int:
+        order = self._order_of_starts
+        return int(order[np.searchsorted(self._part.starts[order], start, side="right") - 1])
+
+    @property
+    def _order_of_starts(self) -> Ints:
+        if not hasattr(self, "_sorted_starts"):
+            self._sorted_starts = np.argsort(self._part.starts, kind="stable")
+        return self._sorted_starts
+
+
+@dataclass(eq=False)
+class _KindRows:
+    """The rows of one kind, in an order that changes each time they have been gone through."""
+
+    kind: int
+    rows: PackedRows
+    sources: npt.NDArray[np.uint8]
+    seed: int
+    dropped: int
+    split: int
+    _latest_order: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
+
+    @classmethod
+    def packed(
+        cls, part: TokenArray, kind: int, row_length: int, split_long: bool, seed: int
+    ) -> _KindRows:
+        documents = np.flatnonzero(part.kinds == kind)
+        name = KINDS[kind].value
+        if not len(documents):
+            raise DataError(
+                f"no documents of kind '{name}' in the {part.name} part; raise "
+                "training.data.num_samples or training.data.heldout_fraction, or give more data"
+            )
+        documents = np.random.default_rng([seed, kind, 0x5EED]).permutation(documents)
+        lengths = part.lengths[documents]
+        rows = pack_rows(part.starts[documents], lengths, row_length, split_long=split_long)
+        if len(rows) == 0:
+            raise DataError(
+                f"no document of kind '{name}' fits into {row_length} tokens; "
+                "raise data.max_seq_length or set data.long_documents=split"
+            )
+        longer = int((lengths > row_length).sum())
+        return cls(kind, rows, np.unique(part.sources[documents]), seed,
+                   dropped=0 if split_long else longer, split=longer if split_long else 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.rows.tokens / len(self.rows)
+
+    def pieces(self, number: int) -> Iterator[tuple[int, int]]:
+        """Yield start and length of each piece in row `number` of the kind's endless order."""
+        turn, place = divmod(number, len(self.rows))
+        known_turn, order = self._latest_order
+        if turn != known_turn:
+            generator = np.random.default_rng([self.seed, self.kind, turn])
+            order = generator.permutation(len(self.rows))
+            self._latest_order = turn, order  # at once: several threads may read
+        row = order[place]
+        for piece in range(self.rows.row_offsets[row], self.rows.row_offsets[row + 1]):
+            yield int(self.rows.starts[piece]), int(self.rows.lengths[piece])
 
 
 class BatchStream:
-    """An endless iterator of micro-batches whose state is the number of the next sequence."""
+    """An endless iterator of micro-batches whose state is the number of the next sequence.
 
-    def __init__(self, sequences: PackedSequences, batch_size: int) -> None:
+    Of several ranks each takes its own slice of every micro-batch of `ranks * batch_size`
+    sequences. What comes next is made meanwhile, in a thread of its own.
+    """
+
+    def __init__(
+        self, sequences: PackedSequences, batch_size: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         self._sequences = sequences
-        self._batch_size = batch_size
+        self._batch_size, self._rank, self._ranks = batch_size, rank, ranks
+        self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: deque[Future[Batch]] = deque()
         self.next_sequence = 0
+        self.waited_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._sequences.batch(self.next_sequence, self._batch_size)
-        self.next_sequence += self._batch_size
+        while len(self._ahead) < 1 + BATCHES_AHEAD:
+            first = self.next_sequence + len(self._ahead) * self._stride
+            first += self._rank * self._batch_size
+            self._ahead.append(self._maker.submit(self._sequences.batch, first, self._batch_size))
+        started_seconds = time.perf_counter()
+        batch = self._ahead.popleft().result()
+        self.waited_seconds += time.perf_counter() - started_seconds
+        self.next_sequence += self._stride
         return batch
+
+    @property
+    def _stride(self) -> int:
+        return self._ranks * self._batch_size
 
     @property
     def epoch(self) -> int:
         """Whole epochs that have been read."""
         return self.next_sequence // len(self._sequences)
 
+    def epochs_by_source(self) -> dict[int, float]:
+        """Return how often each source has been gone through, by its number."""
+        return self._sequences.epochs_by_source(self.next_sequence)
+
     def state_dict(self) -> dict[str, int]:
         return {"next_sequence": self.next_sequence}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.next_sequence = state["next_sequence"]
+        self._ahead.clear()
 
 
-def mix_documents(
-    part: TokenArray, ratios: Mapping[str, float], seed: int
-) -> npt.NDArray[np.int64]:
-    """Return documents in random order whose tokens are of the kinds in these ratios.
+def next_token_labels(tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:
+    """Return the next token of the same document at each position, else IGNORE_LABEL.
 
-    The kind that is scarcest for its ratio is used up; the others are cut to fit.
+    documents_BT numbers the documents of a row; a negative number is padding.
     """
-    generator = np.random.default_rng([seed, 0x5EED])
-    lengths = part.lengths
-    of_kind = {
-        kind.value: generator.permutation(np.flatnonzero(part.kinds == number))
-        for number, kind in enumerate(KINDS)
-        if ratios.get(kind.value, 0.0) > 0
-    }
-    for kind, documents in of_kind.items():
-        if not len(documents):
-            raise DataError(
-                f"no documents of kind '{kind}' in the {part.name} part; raise "
-                "training.data.num_samples or training.data.heldout_fraction, or give more data"
-            )
-    total = min(lengths[documents].sum() / ratios[kind] for kind, documents in of_kind.items())
-    chosen = []
-    for kind, documents in of_kind.items():
-        reached = np.cumsum(lengths[documents])
-        chosen.append(documents[: int(np.searchsorted(reached, total * ratios[kind])) + 1])
-    return generator.permutation(np.concatenate(chosen))
+    labels_BT = torch.full_like(tokens_BT, IGNORE_LABEL)
+    follows_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, 1:] >= 0)
+    labels_BT[:, :-1] = torch.where(follows_BT, tokens_BT[:, 1:], IGNORE_LABEL)
+    return labels_BT
+
+
+def _apportion(shares: list[float], seats: int) -> list[int]:
+    """Return whole numbers in these proportions, of at least 1, that sum to `seats`.
+
+    By the method of the largest remainder.
+    """
+    exact = [share / sum(shares) * seats for share in shares]
+    counts = [max(1, int(value)) for value in exact]
+    for index in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i]):
+        if sum(counts) >= seats:
+            break
+        counts[index] += 1
+    counts[int(np.argmax(counts))] += seats - sum(counts)
+    return counts
+
+
+def _interleave(counts: list[int]) -> tuple[npt.NDArray[np.intp], Ints]:
+    """Return which kind each place of the pattern has, and its number among those of the kind.
+
+    The j-th of n places of a kind is due at (j + 1/2) / n; in this order no stretch has more or
+    less than its share of a kind, but for a row or two.
+    """
+    due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    kinds = np.repeat(np.arange(len(counts)), counts)
+    ranks = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort(due, kind="stable")
+    return kinds[order], ranks[order]
+
+
+def kind_tokens(part: TokenArray) -> dict[str, int]:
+    """Return how many tokens of each kind a part holds."""
+    counted: Counter[str] = Counter()
+    for number, kind in enumerate(KINDS):
+        tokens = int(part.lengths[part.kinds == number].sum())
+        if tokens:
+            counted[kind.value] = tokens
+    return dict(counted)

@@ -1,27 +1,19 @@
-"""The tokenizer, and the template by which a document becomes token ids.
-
-A message is its role's control token, its text, and `<|end|>`; running text is only itself; every
-document ends with `<|endoftext|>`. Text that imitates a control token stays text.
-"""
+"""The tokenizer: trained on the run's data, or loaded from a file or the hub."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import tokenizers
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from svend.data.documents import Document, Role
+from svend.data.chat import CHAT_TEMPLATE, CONTROL_TOKENS, END_OF_MESSAGE, END_OF_TEXT, render
+from svend.data.documents import Document
 from svend.errors import DataError
-
-END_OF_TEXT = "<|endoftext|>"
-END_OF_MESSAGE = "<|end|>"
-ROLE_TOKENS = {role: f"<|{role.value}|>" for role in Role if role is not Role.TEXT}
-CONTROL_TOKENS = (END_OF_TEXT, END_OF_MESSAGE, *ROLE_TOKENS.values())
-# Part of a tokenised cache's identity: raise it when `encode` changes what it returns.
-TEMPLATE_VERSION = 1
 
 
 class DocumentTokenizer:
@@ -43,6 +35,11 @@ class DocumentTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
+    def dtype(self) -> type[np.uint16] | type[np.uint32]:
+        """The smallest type of integer that takes every token id."""
+        return np.uint16 if self.size <= 2**16 else np.uint32
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
@@ -50,11 +47,29 @@ class DocumentTokenizer:
         """Return the whole tokenizer in the `tokenizer.json` format."""
         return self._tokenizer.to_str(pretty=True)
 
+    def to_huggingface_config(self) -> dict[str, Any]:
+        """Return the `tokenizer_config.json` by which transformers reads the tokenizer."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_MESSAGE,
+            "pad_token": END_OF_TEXT,
+            "additional_special_tokens": list(CONTROL_TOKENS),
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`."""
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        config = json.dumps(self.to_huggingface_config(), indent=1)
+        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
     def encode(self, documents: list[Document]) -> list[list[int]]:
         """Return the token ids of each document, by the template."""
         texts = [message.content for document in documents for message in document.messages]
-        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [list(self._render(document, encoded)) for document in documents]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = (encoding.ids for encoding in encoded)
+        return [list(render(document, ids, self.control_ids)) for document in documents]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text; what imitates a control token is text too."""
@@ -65,17 +80,6 @@ class DocumentTokenizer:
         """Return the text of token ids, control tokens included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
-
-    def _render(self, document: Document, encoded: Iterator[tokenizers.Encoding]) -> Iterator[int]:
-        for message in document.messages:
-            ids = next(encoded).ids
-            if message.role is Role.TEXT:
-                yield from ids
-                continue
-            yield self.control_ids[ROLE_TOKENS[message.role]]
-            yield from ids
-            yield self.control_ids[END_OF_MESSAGE]
-        yield self.control_ids[END_OF_TEXT]
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> DocumentTokenizer:

@@ -12,7 +12,6 @@ from torch import nn
 from svend.data.stream import Batch
 from svend.device import autocast, to_device
 from svend.errors import DataError
-from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import Precision
 
 Z_95 = 1.96  # two-sided 95% of a normal distribution
@@ -31,6 +30,10 @@ class HeldoutLoss:
     def interval(self) -> tuple[float, float]:
         """The 95% confidence interval of the loss."""
         return self.loss - Z_95 * self.standard_error, self.loss + Z_95 * self.standard_error
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        """The loss in bits per byte of text: what compares across tokenizers."""
+        return self.loss / math.log(2) / bytes_per_token
 
     @property
     def perplexity(self) -> float:
@@ -58,10 +61,10 @@ def measure_heldout_loss(
         # One context for all batches: the weights are turned into lower precision once.
         with torch.no_grad(), autocast(precision, device):
             for batch in batches:
-                labels_BT = next_token_labels(batch.tokens_BT, batch.documents_BT)
                 tokens_BT = to_device(batch.tokens_BT, device)
-                sums.append(model(tokens_BT, to_device(labels_BT, device), batch.documents_BT))
-                tokens.append(int((labels_BT != IGNORE_LABEL).sum()))
+                labels_BT = to_device(batch.labels_BT, device)
+                sums.append(model(tokens_BT, labels_BT, batch.documents_BT))
+                tokens.append(batch.predicted_tokens)
     finally:
         model.train(was_training)
     if sum(tokens) == 0:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch's own convention for a position that counts nothing.
-IGNORE_LABEL = -100
 # Rows of logits held at once, in low precision: 2048 x 32768 in bf16 are 134 MB. Fewer rows make
 # the matrix products slower: by a half at 512 rows, on CPU.
 CHUNK_ROWS = 2048
@@ -68,7 +66,7 @@ def _sum_without_gradients(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) ->
         ):
             log_p_RV = logits_RV.log_softmax(dim=1, dtype=torch.float32)
             log_p_R1 = log_p_RV.gather(1, labels_R1.clamp(min=0))
-            loss -= torch.where(labels_R1 != IGNORE_LABEL, log_p_R1, 0.0).sum()
+            loss -= torch.where(labels_R1 >= 0, log_p_R1, 0.0).sum()
     return loss
 
 
@@ -104,7 +102,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x_ND.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             x_CD, labels_C1 = x_ND[rows], labels_N[rows].unsqueeze(1)
-            counted_C1 = labels_C1 != IGNORE_LABEL
+            counted_C1 = labels_C1 >= 0
             target_C1 = labels_C1.clamp(min=0)
             logits_CV = x_CD @ w_VD.T
             nll_C1 = _replace_by_gradient(logits_CV, target_C1, fused)
@@ -142,8 +140,8 @@ def summed_linear_cross_entropy(
     """Return the negative log-likelihood in nats, summed over the labels, as an fp32 scalar.
 
     x_ND: (tokens, hidden); weight_VD: (vocabulary, hidden); labels_N: token ids, where
-    IGNORE_LABEL counts nothing. The matrix products run in the dtype of x_ND. `fused` compiles what
-    lies between them.
+    a negative one counts nothing. The matrix products run in the dtype of x_ND. `fused` compiles
+    what lies between them.
     """
     # The autograd function cannot tell: it sees weights that want a gradient.
     if not torch.is_grad_enabled() or not (x_ND.requires_grad or weight_VD.requires_grad):
@@ -152,14 +150,3 @@ def summed_linear_cross_entropy(
         x_ND, weight_VD, labels_N, fused
     )
     return loss
-
-
-def next_token_labels(tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:
-    """Return the next token of the same document at each position, else IGNORE_LABEL.
-
-    documents_BT numbers the documents of a row; a negative number is padding.
-    """
-    labels_BT = torch.full_like(tokens_BT, IGNORE_LABEL)
-    follows_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, 1:] >= 0)
-    labels_BT[:, :-1] = torch.where(follows_BT, tokens_BT[:, 1:], IGNORE_LABEL)
-    return labels_BT

@@ -8,13 +8,18 @@ from __future__ import annotations
 from svend.pipeline.groups import CONF_DIR, ModelScale, group_members
 from svend.pipeline.loading import load_config
 from svend.pipeline.options import (
+    BrokenRows,
     CheckpointingPolicy,
     Compile,
     DataConfig,
     Device,
+    Duplicates,
+    Exhausted,
     GatesConfig,
     LongDocuments,
+    LossOn,
     ModelConfig,
+    OwnSource,
     PipelineConfig,
     Precision,
     Schedule,
@@ -24,9 +29,10 @@ from svend.pipeline.options import (
 )
 
 __all__ = [
-    "CONF_DIR", "CheckpointingPolicy", "Compile", "DataConfig", "Device", "GatesConfig",
-    "LongDocuments", "ModelConfig", "ModelScale", "PipelineConfig", "Precision", "Schedule",
-    "TrainingConfig", "ValidationGate",
+    "CONF_DIR", "BrokenRows", "CheckpointingPolicy", "Compile", "DataConfig", "Device",
+    "Duplicates", "Exhausted", "GatesConfig", "LongDocuments", "LossOn", "ModelConfig",
+    "ModelScale", "OwnSource", "PipelineConfig", "Precision", "Schedule", "TrainingConfig",
+    "ValidationGate",
     "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
     "group_members", "load_config", "print_scale_comparison", "scale_table",
 ]

@@ -238,9 +238,12 @@ class InfrastructureChecks:
 class _OneBatch(BatchStream):
     """The first batch again and again."""
 
+    _batch: Batch | None = None
+
     def __next__(self) -> Batch:
-        self.next_sequence = 0
-        return super().__next__()
+        if self._batch is None:
+            self._batch = super().__next__()
+        return self._batch
 
 
 def _gate(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from svend.data.corpus import Corpus, build_corpus, kind_tokens
+from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import (
     check_float8,
@@ -40,7 +40,7 @@ from svend.training.profiling import name_compiled_kernels
 from svend.training.state import TrainState, build_state
 
 # What training waits for.
-PARTS = ("evaluating", "saving", "tracking")
+PARTS = ("evaluating", "saving", "tracking", "data")
 ModelFactory = Callable[[ModelScale], nn.Module]
 
 
@@ -64,7 +64,7 @@ class Job:
     config: PipelineConfig
     device: torch.device
     corpus: Corpus
-    mix: Mapping[str, int]
+    sequences: PackedSequences
     heldout: PackedSequences
     plan: RunPlan
     state: TrainState
@@ -131,7 +131,9 @@ def prepare_job(
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
     if folder is None:
-        record_inputs(tracked, config, gates, corpus, plan, describe_device(device))
+        record_inputs(
+            tracked, config, gates, corpus, sequences, plan, describe_device(device)
+        )
     if plan.compile and isinstance(model, ReasoningTransformer):
         if training.profile:
             name_compiled_kernels()
@@ -143,10 +145,9 @@ def prepare_job(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
             training.model_scale.value, corpus.fingerprint, device.type, plan.compile,
         ))
-    mix = kind_tokens(corpus.train, sequences.mixed_documents)
     manager = _checkpoint_manager(config, folder)
     job = Job(
-        config, device, corpus, mix, heldout, plan, state,
+        config, device, corpus, sequences, heldout, plan, state,
         _model_name(config, model, model_factory), tracked, folder, manager,
         started_seconds=time.monotonic(),
     )

@@ -64,6 +64,35 @@ class LongDocuments(Enum):
     DROP = "drop"
 
 
+class LossOn(Enum):
+    """Which tokens training learns to predict."""
+
+    ALL = "all"
+    ANSWERS = "answers"  # what the model says: answers, calls, and running text
+
+
+class Exhausted(Enum):
+    """What happens when a kind of the mix has no more documents."""
+
+    STOP = "stop"  # the epoch ends
+    REPEAT = "repeat"  # the kind begins anew, until every kind has been seen whole
+
+
+class BrokenRows(Enum):
+    """What happens to a row that cannot be read, is not in its source's schema, or is empty."""
+
+    FAIL = "fail"
+    DROP = "drop"  # and is counted, and named in the data report
+
+
+class Duplicates(Enum):
+    """Which repeated documents are left out of the train part."""
+
+    KEEP = "keep"
+    EXACT = "exact"
+    NEAR = "near"  # also what shares most of its five-word sequences (MinHash)
+
+
 def _default(key: str) -> Any:
     """A dataclass field whose default is what `conf/` says at `key`."""
 
@@ -140,7 +169,20 @@ class ModelConfig:
         _require(math.isfinite(theta) and theta > 0, "model.rope_theta", theta, "above 0")
         _require(self.recommended_samples >= 1, "model.recommended_samples",
                  self.recommended_samples, "at least 1")
-        _require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536")
+
+
+@dataclass(kw_only=True)
+class OwnSource:
+    """A data set of the user's: its kind, its place, and the function that reads a record."""
+
+    name: str
+    kind: str
+    to_document: str
+    path: str | None = None
+    repository: str | None = None
+    subset: str | None = None
+    revision: str = "main"
+    heldout_split: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -158,6 +200,15 @@ class DataConfig:
     heldout_fraction: float = _default("training.data.heldout_fraction")
     tokenizer: str = _default("training.data.tokenizer")
     long_documents: LongDocuments = _default_enum("training.data.long_documents", LongDocuments)
+    loss_on: LossOn = _default_enum("training.data.loss_on", LossOn)
+    exhausted: Exhausted = _default_enum("training.data.exhausted", Exhausted)
+    broken_rows: BrokenRows = _default_enum("training.data.broken_rows", BrokenRows)
+    duplicates: Duplicates = _default_enum("training.data.duplicates", Duplicates)
+    leak_words: int = _default("training.data.leak_words")
+    evaluation_sets: list[str] = _default("training.data.evaluation_sets")
+    own_sources: list[OwnSource] = field(default_factory=list)
+    revisions: dict[str, str] = _default_dict("training.data.revisions")
+    processes: int | None = _default("training.data.processes")
     cache_dir: str = _default("training.data.cache_dir")
 
     def check(self) -> None:
@@ -179,6 +230,10 @@ class DataConfig:
         _require(samples is None or samples >= 1, f"{where}.num_samples", samples, "at least 1")
         fraction = self.heldout_fraction
         _require(0 < fraction < 1, f"{where}.heldout_fraction", fraction, "between 0 and 1")
+        _require(self.leak_words >= 0, f"{where}.leak_words", self.leak_words, "at least 0")
+        processes = self.processes
+        _require(processes is None or processes >= 1, f"{where}.processes", processes,
+                 "null, or at least 1")
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 
 from svend.data.corpus import Corpus
+from svend.data.stream import PackedSequences
 from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.data_report import data_report_html, source_table
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
@@ -24,6 +26,7 @@ def record_inputs(
     config: PipelineConfig,
     gates: Gates,
     corpus: Corpus,
+    sequences: PackedSequences,
     plan: RunPlan,
     device: str,
 ) -> None:
@@ -52,6 +55,8 @@ def record_inputs(
     tracked.log_text(to_yaml(config), "config.yaml")
     tracked.log_text(corpus.tokenizer.to_json(), "tokenizer.json")
     tracked.log_text(installed_packages(), "packages.txt")
+    tracked.log_text(data_report_html(corpus, sequences), "data_report.html")
+    tracked.log_text(source_table(corpus).to_csv(index=False), "data_report.csv")
     for count in corpus.counts:
         for context, documents, tokens in (
             ("train", count.train_documents, count.train_tokens),
@@ -59,7 +64,7 @@ def record_inputs(
         ):
             tags = {"documents": str(documents), "tokens": str(tokens), "kind": count.kind,
                     "fingerprint": corpus.fingerprint}
-            place = str(data.path or count.identity.get("repository") or "made on the spot")
+            place = str(count.identity.get("repository") or data.path or "made on the spot")
             # MLflow keeps one context for each name and digest: the parts need their own.
             digest = hashlib.sha256(f"{corpus.fingerprint}:{context}".encode()).hexdigest()
             tracked.log_dataset(count.source, digest, context, place, tags)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svend.data.corpus import Corpus
+from svend.data.stream import PackedSequences
 from svend.pipeline.config import PipelineConfig, format_count
 from svend.pipeline.infrastructure import CheckResult
 from svend.planning.plan import RunPlan
@@ -37,10 +38,10 @@ def show_plan(
     config: PipelineConfig,
     plan: RunPlan,
     corpus: Corpus,
-    mix: Mapping[str, int],
+    sequences: PackedSequences,
     device: str,
 ) -> None:
-    """Print what the run will do and cost, before it does; `mix` are tokens by kind."""
+    """Print what the run will do and cost, before it does."""
     model, training = config.model, config.training
     assert model is not None  # set by PipelineConfig.resolve
     data, memory = training.data, plan.memory
@@ -57,10 +58,21 @@ def show_plan(
         f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents, "
         f"tokenizer of {corpus.tokenizer.size:,} entries ({corpus.tokenizer.origin})",
     )
+    mix = sequences.tokens_by_kind(len(sequences))
     shares = ", ".join(f"{kind} {n / sum(mix.values()):.0%}" for kind, n in mix.items())
-    leaked = sum(count.leaked_documents for count in corpus.counts)
-    dropped = f"; {leaked:,} train documents dropped, held out elsewhere" if leaked else ""
-    table.add_row("", f"by tokens {shares}{dropped}")
+    table.add_row(
+        "", f"by tokens {shares}; an epoch is {len(sequences):,} sequences, "
+        f"{sequences.padding:.1%} padding",
+    )
+    left_out = {
+        "that share text with an evaluation set": sum(c.leaked_documents for c in corpus.counts),
+        "that repeat another": sum(c.duplicate_documents for c in corpus.counts),
+        "that are broken": sum(c.dropped_rows for c in corpus.counts),
+        f"longer than {data.max_seq_length} tokens": sequences.dropped_documents,
+    }
+    for reason, count in left_out.items():
+        if count:
+            table.add_row("", f"{count:,} documents left out {reason}")
     table.add_row(
         "steps",
         f"{plan.total_steps:,} of {plan.tokens_per_step:,} tokens "

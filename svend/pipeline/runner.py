@@ -154,7 +154,7 @@ class PipelineRunner:
                         config, tracked, folder, self.model_factory, self.validator.gates,
                         self._console,
                     )
-                show_plan(self._console, job.config, job.plan, job.corpus, job.mix,
+                show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
                           describe_device(job.device))
                 self._train(job, signals)
                 registered = self._finish(job)
@@ -310,6 +310,16 @@ class PipelineRunner:
                 metrics.step,
             )
 
+        epochs = job.state.stream.epochs_by_source()
+        if pending[-1].step > job.logged_step:
+            job.tracked.log_metrics(
+                {
+                    f"data/epochs/{job.corpus.counts[number].source}": epoch
+                    for number, epoch in epochs.items()
+                },
+                pending[-1].step,
+            )
+
     def _gate_quick(self, job: Job, loss: float) -> None:
         evidence = Evidence(
             job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
@@ -327,8 +337,13 @@ class PipelineRunner:
         job.final_loss = measured.loss
         if math.isnan(job.first_loss):
             job.first_loss = measured.loss
+        bytes_per_token = job.heldout.bytes_per_token(training.heldout_sequences)
         job.tracked.log_metrics(
-            {"eval/heldout_loss": measured.loss, "eval/perplexity": measured.perplexity},
+            {
+                "eval/heldout_loss": measured.loss,
+                "eval/perplexity": measured.perplexity,
+                "eval/bits_per_byte": measured.bits_per_byte(bytes_per_token),
+            },
             job.state.step,
         )
         return measured
@@ -487,6 +502,7 @@ class PipelineRunner:
         record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9
         measured_seconds = time.monotonic() - job.started_seconds
+        job.spent_seconds["data"] = job.state.stream.waited_seconds
         job.tracked.log_metrics(
             {
                 "measured/peak_memory_gb": measured_gb,

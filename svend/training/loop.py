@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from svend.device import autocast, to_device
-from svend.models.loss import IGNORE_LABEL, next_token_labels
 from svend.pipeline.config import TrainingConfig
 from svend.training.clipping import clip_gradients
 from svend.training.state import TrainState
@@ -61,12 +60,11 @@ def _accumulate_gradients(state: TrainState, training: TrainingConfig) -> tuple[
     """Run the micro-batches forward and backward; return the step's loss and token count."""
     state.model.train()
     micro_batches = [next(state.stream) for _ in range(training.gradient_accumulation_steps)]
-    labels = [next_token_labels(b.tokens_BT, b.documents_BT) for b in micro_batches]
-    step_tokens = sum(int((labels_BT != IGNORE_LABEL).sum()) for labels_BT in labels)
+    step_tokens = sum(batch.predicted_tokens for batch in micro_batches)
     loss = torch.zeros((), device=state.device)
-    for batch, labels_on_cpu_BT in zip(micro_batches, labels, strict=True):
+    for batch in micro_batches:
         tokens_BT = to_device(batch.tokens_BT, state.device)
-        labels_BT = to_device(labels_on_cpu_BT, state.device)
+        labels_BT = to_device(batch.labels_BT, state.device)
         with autocast(training.precision, state.device):
             summed = state.model(tokens_BT, labels_BT, batch.documents_BT)
         mean = summed / max(1, step_tokens)

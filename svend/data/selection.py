@@ -1,0 +1,75 @@
+"""Which documents a run trains on, and which it holds out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from svend.data.hygiene import first_occurrences, near_duplicates
+from svend.data.tokenised import Progress, TokenisedPart
+from svend.pipeline.config import DataConfig, Duplicates
+
+Ints = npt.NDArray[np.int64]
+PartPair = tuple[TokenisedPart, TokenisedPart | None]  # train, and held out where it has its own
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The documents of each source by number: to train on, held out, and how many left out."""
+
+    train: list[Ints]
+    heldout: list[Ints]
+    leaked: list[int]
+    duplicates: list[int]
+
+
+def select_documents(
+    data: DataConfig, parts: list[PartPair], progress: Progress
+) -> Selection:
+    """Divide the documents, and leave out of the train part what leaks and what is there twice."""
+    bound = heldout_bound(data)
+    held, candidates = [], []
+    for train, own in parts:
+        is_held = train.questions < bound if own is None else np.zeros(len(train.questions), bool)
+        held.append(np.flatnonzero(is_held) if own is None else np.arange(len(own.questions)))
+        candidates.append(np.flatnonzero(~is_held))
+    held_questions = np.unique(np.concatenate([
+        (own or train).questions[numbers]
+        for (train, own), numbers in zip(parts, held, strict=True)
+    ]))
+    kept, leaked = [], []
+    for (train, _), numbers in zip(parts, candidates, strict=True):
+        leaks = np.isin(train.questions[numbers], held_questions) | train.leaked[numbers]
+        kept.append(numbers[~leaks])
+        leaked.append(int(leaks.sum()))
+    unique = _without_duplicates(data, parts, kept, held, progress)
+    duplicates = [len(a) - len(b) for a, b in zip(kept, unique, strict=True)]
+    return Selection(unique, held, leaked, duplicates)
+
+
+def _without_duplicates(
+    data: DataConfig, parts: list[PartPair], kept: list[Ints], held: list[Ints],
+    progress: Progress,
+) -> list[Ints]:
+    if data.duplicates is Duplicates.KEEP:
+        return kept
+    digests = np.concatenate([t.digests[n] for (t, _), n in zip(parts, kept, strict=True)])
+    stays = np.split(first_occurrences(digests), np.cumsum([len(n) for n in kept])[:-1])
+    kept = [numbers[stay] for numbers, stay in zip(kept, stays, strict=True)]
+    if data.duplicates is Duplicates.EXACT:
+        return kept
+    progress("looking for near duplicates")
+    # The held-out documents come first: what is like them is what has to go.
+    signatures = [(own or t).signatures[n] for (t, own), n in zip(parts, held, strict=True)]
+    before = sum(map(len, signatures))
+    signatures += [train.signatures[n] for (train, _), n in zip(parts, kept, strict=True)]
+    alike = near_duplicates(np.concatenate(signatures))[before:]
+    left_out = np.split(alike, np.cumsum([len(n) for n in kept])[:-1])
+    return [numbers[~out] for numbers, out in zip(kept, left_out, strict=True)]
+
+
+def heldout_bound(data: DataConfig) -> np.uint64:
+    """Questions whose hash is below this are held out, where a source has no split of its own."""
+    return np.uint64(int(data.heldout_fraction * 2**64))
