@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.command == "bench":
             if rest:
                 raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
-            timed = {"train": bench_command.run, "scaling": bench_command.run_scaling}
+            timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
+                     "data": bench_command.run_data}
             return timed[known.kind](known)
         return _run_pipeline(known, rest)
     except UserError as error:
@@ -88,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", nargs="?", const="true", metavar="true|false",
         help="trace three steps, and list the ten most expensive parts",
     )
-    bench = commands.add_parser("bench", help="time the training step, alone or beside its peers",
-                                description="Benchmarks of the training step.")
+    bench = commands.add_parser("bench", help="time training and tokenising beside their peers",
+                                description="Benchmarks, beside what one would use instead.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
     bench_command.add_options(kinds.add_parser(
         "train", help="the training step", description="Time the training step.",
@@ -99,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_scaling_options(kinds.add_parser(
         "scaling", help="speed and memory against batch, length and layers",
         description="Time Svend's own training step alone, at many batches, lengths and depths.",
+        allow_abbrev=False,
+    ))
+    bench_command.add_data_options(kinds.add_parser(
+        "data", help="tokenising, beside datasets.map",
+        description="Time tokenising a file made on the spot, beside datasets.map.",
         allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",

@@ -53,6 +53,35 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench data`."""
+    parser.add_argument("--megabytes", type=int, default=200, help="of input (default: 200)")
+    parser.add_argument("--processes", type=int, default=2, help="that tokenise (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--alone", action="store_true", help="without datasets.map")
+    parser.add_argument("--json", metavar="PATH", help="write all figures there")
+
+
+def run_data(options: argparse.Namespace) -> int:
+    """Time tokenising beside `datasets.map`; print a table."""
+    if min(options.megabytes, options.processes, options.rounds) < 1:
+        raise UserError("bench: --megabytes, --processes and --rounds must be at least 1")
+    from rich.console import Console
+
+    from svend.bench.data import CONTESTANTS, measure_tokenising, to_json, tokenising_table
+
+    size, turns = measure_tokenising(
+        options.megabytes, options.processes, options.rounds,
+        ["svend"] if options.alone else list(CONTESTANTS),
+        lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    Console().print(tokenising_table(size, options.processes, turns))
+    if options.json:
+        figures = to_json(size, options.processes, turns)
+        Path(options.json).write_text(figures + "\n", encoding="utf-8")
+    return 0
+
+
 def run_scaling(options: argparse.Namespace) -> int:
     """Time our own step at many sizes; print a table."""
     model = get_model_config(_scale(options.scale))

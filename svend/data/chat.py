@@ -43,17 +43,17 @@ CHAT_TEMPLATE = (
 
 def render(
     document: Document, encoded: Iterator[Sequence[int]], control_ids: Mapping[str, int]
-) -> Iterator[int]:
-    """Yield a document's token ids, given those of its messages' texts in order."""
+) -> list[Sequence[int]]:
+    """Return a document's token ids, in pieces, given those of its messages' texts in order."""
+    pieces: list[Sequence[int]] = []
     for message in document.messages:
-        ids = next(encoded)
         if message.role is Role.TEXT:
-            yield from ids
-            continue
-        yield control_ids[ROLE_TOKENS[message.role]]
-        yield from ids
-        yield control_ids[END_OF_MESSAGE]
-    yield control_ids[END_OF_TEXT]
+            pieces.append(next(encoded))
+        else:
+            start = control_ids[ROLE_TOKENS[message.role]]
+            pieces += (start,), next(encoded), (control_ids[END_OF_MESSAGE],)
+    pieces.append((control_ids[END_OF_TEXT],))
+    return pieces
 
 
 def speaker_marks(control_ids: Mapping[str, int]) -> npt.NDArray[np.int8]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import xxhash
 
 
 class Role(Enum):
@@ -56,8 +57,7 @@ class Document:
         Whitespace and case do not count, so that trivial variants fall on the same side.
         """
         asked = [m.content for m in self.messages if m.role in (Role.USER, Role.TEXT)]
-        normalized = " ".join(" ".join(asked).lower().split())
-        return _digest(normalized)
+        return _digest(" ".join(" ".join(asked).lower().split()))
 
     @property
     def text_bytes(self) -> int:
@@ -67,11 +67,12 @@ class Document:
     @property
     def digest(self) -> int:
         """64 bits of a hash of the whole document, by which exact duplicates are found."""
-        return _digest("\0".join(f"{m.role.value}\0{m.content}" for m in self.messages))
+        parts = [part for m in self.messages for part in (m.role.name, m.content)]
+        return _digest("\0".join(parts))
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def dump_json(value: Any) -> str:

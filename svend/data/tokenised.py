@@ -34,7 +34,7 @@ SHARD_TOKENS = 1 << 25
 NAMED_ROWS = 20
 REPORT_SECONDS = 5.0
 # Fewer chunks than this are tokenised here: starting processes would take longer.
-CHUNKS_FOR_PROCESSES = 4
+CHUNKS_FOR_PROCESSES = 16
 
 Progress = Callable[[str], None]
 FIELDS = ("lengths", "text_bytes", "questions", "digests", "leaked", "signatures")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from svend.data.chat import CHAT_TEMPLATE, CONTROL_TOKENS, END_OF_MESSAGE, END_OF_TEXT, render
@@ -66,10 +68,20 @@ class DocumentTokenizer:
 
     def encode(self, documents: list[Document]) -> list[list[int]]:
         """Return the token ids of each document, by the template."""
+        tokens, lengths = self.encode_flat(documents)
+        return [ids.tolist() for ids in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+    def encode_flat(
+        self, documents: list[Document]
+    ) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.uint32]]:
+        """Return the token ids of all documents, one after the other, and the length of each."""
         texts = [message.content for document in documents for message in document.messages]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = (encoding.ids for encoding in encoded)
-        return [list(render(document, ids, self.control_ids)) for document in documents]
+        rendered = [render(document, ids, self.control_ids) for document in documents]
+        lengths = np.array([sum(map(len, pieces)) for pieces in rendered], dtype=np.uint32)
+        flat = chain.from_iterable(chain.from_iterable(rendered))
+        return np.fromiter(flat, self.dtype, int(lengths.sum())), lengths
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text; what imitates a control token is text too."""
