@@ -21,7 +21,7 @@ from svend.data.chat import speaker_marks
 from svend.data.documents import Document, Kind, Role, conversation
 from svend.data.encoding import EncodingSpec, default_processes, documents_in
 from svend.data.hygiene import word_sequences
-from svend.data.records import parse_row, read_chunks
+from svend.data.records import RowError, parse_row, read_chunks
 from svend.data.selection import Ints, PartPair, Selection, heldout_bound, select_documents
 from svend.data.sources import LocatedSource, SourcePart, locate_sources, mix_of
 from svend.data.tokenised import Progress, TokenisedPart, locked, tokenise
@@ -250,8 +250,11 @@ def _evaluation_sequences(
 def _texts(file: Path) -> Iterator[Document]:
     """Yield all text in the rows of a file, whatever its schema."""
     for chunk in read_chunks(file):
-        for row in chunk.rows:
-            texts = list(_strings(parse_row(row)))
+        for index, row in enumerate(chunk.rows):
+            try:
+                texts = list(_strings(parse_row(row)))
+            except RowError as error:
+                raise DataError(f"data.evaluation_sets {chunk.place(index)}: {error}") from None
             if texts:
                 yield conversation(*((Role.TEXT, text) for text in texts))
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +48,9 @@ class DocumentTokenizer:
         """Return the whole tokenizer in the `tokenizer.json` format."""
         return self._tokenizer.to_str(pretty=True)
 
-    def to_huggingface_config(self) -> dict[str, Any]:
-        """Return the `tokenizer_config.json` by which transformers reads the tokenizer."""
-        return {
+    def files(self) -> dict[str, str]:
+        """Return the content of the files from which transformers reads the tokenizer, by name."""
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_MESSAGE,
             "pad_token": END_OF_TEXT,
@@ -59,12 +58,15 @@ class DocumentTokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }
+        return {
+            "tokenizer.json": self.to_json(),
+            "tokenizer_config.json": json.dumps(config, indent=1),
+        }
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`."""
-        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-        config = json.dumps(self.to_huggingface_config(), indent=1)
-        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        """Write the tokenizer's files into a folder."""
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     def encode(self, documents: list[Document]) -> list[list[int]]:
         """Return the token ids of each document, by the template."""

@@ -53,7 +53,8 @@ def record_inputs(
         "mlflow.note.content": _describe(config, plan, corpus),
     })
     tracked.log_text(to_yaml(config), "config.yaml")
-    tracked.log_text(corpus.tokenizer.to_json(), "tokenizer.json")
+    for name, text in corpus.tokenizer.files().items():
+        tracked.log_text(text, name)
     tracked.log_text(installed_packages(), "packages.txt")
     tracked.log_text(data_report_html(corpus, sequences), "data_report.html")
     tracked.log_text(source_table(corpus).to_csv(index=False), "data_report.csv")
@@ -138,8 +139,7 @@ def register_version(
 
     `rows` are the gate decisions on this very checkpoint.
     """
-    tokenizer_path = folder.path / "tokenizer.json"
-    tokenizer_path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+    corpus.tokenizer.save(folder.path)
     verify(checkpoint)
     aliases = passed_levels(gates, rows)
     tags = {
@@ -154,7 +154,8 @@ def register_version(
     return register_checkpoint(
         model_name,
         [checkpoint.path / MODEL, checkpoint.path / METADATA,
-         folder.path / CONFIG_FILE, tokenizer_path],
+         folder.path / CONFIG_FILE,
+         *(folder.path / name for name in corpus.tokenizer.files())],
         tracked.run_id,
         checkpoint.step,
         {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
