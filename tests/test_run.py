@@ -89,7 +89,8 @@ def test_parameters_tags_and_artifacts_are_enough_to_run_it_again(
         assert run.data.tags[tag]
     client = MlflowClient(shared_workplace.tracking_uri)
     names = {entry.path for entry in client.list_artifacts(run.info.run_id)}
-    assert names >= {"config.yaml", "tokenizer.json", "packages.txt", "verdicts.csv"}
+    assert names >= {"config.yaml", "tokenizer.json", "packages.txt", "verdicts.csv",
+                     "tokenizer_config.json", "data_report.html", "data_report.csv"}
     config_path = client.download_artifacts(run.info.run_id, "config.yaml")
     config = build(PipelineConfig, read_yaml(Path(config_path)))
     assert config == config.resolve()
@@ -112,6 +113,10 @@ def test_every_step_is_logged_once_on_every_axis(
     standard = [step for step, _ in losses(shared_workplace, run, "gate/standard/perplexity")]
     assert standard == [20, 40]
     assert any(name.startswith("system/") for name in run.data.metrics)
+    epochs = {name: value for name, value in run.data.metrics.items() if "data/epochs/" in name}
+    assert len(epochs) == 3
+    assert all(value > 0 for value in epochs.values())
+    assert 0 < run.data.metrics["eval/bits_per_byte"] < run.data.metrics["eval/heldout_loss"]
 
 
 def test_what_training_waited_for_is_measured(finished: tuple[Run, str]) -> None:

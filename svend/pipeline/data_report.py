@@ -51,8 +51,8 @@ def data_report_html(corpus: Corpus, sequences: PackedSequences) -> str:
         f"<p>Fingerprint <code>{corpus.fingerprint}</code>, tokenizer of "
         f"{corpus.tokenizer.size:,} entries ({html.escape(corpus.tokenizer.origin)}).</p>",
         source_table(corpus).to_html(index=False, border=0),
-        f"<p>An epoch is {len(sequences):,} sequences, {sequences.padding:.2%} of them padding. "
-        f"Documents longer than a sequence: {sequences.split_documents:,} cut, "
+        f"<p>An epoch is {len(sequences):,} sequences; {sequences.padding:.2%} of their places are "
+        f"padding. Documents longer than a sequence: {sequences.split_documents:,} cut, "
         f"{sequences.dropped_documents:,} left out.</p>",
     ]
     for number, count in enumerate(corpus.counts):
