@@ -314,7 +314,7 @@ def test_a_source_does_not_train_on_what_another_holds_out(tmp_path: Path) -> No
     ]
     write_lines(tmp_path / "d" / "openmath" / "train.jsonl", shared)
     data = local_data(
-        tmp_path / "cache", tmp_path / "d", sources=["gsm8k", "openmath"], heldout_fraction=0.01
+        tmp_path / "cache", tmp_path / "d", sources=["gsm8k", "openmath"], heldout_fraction=1e-6
     )
     corpus = build_corpus(data, 400, 0, silent)
     assert [count.leaked_documents for count in corpus.counts] == [0, 5]

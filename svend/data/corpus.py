@@ -312,8 +312,11 @@ def _gather(
     return TokenArray(
         name=name,
         tokens=Tokens(arrays),
-        starts=np.concatenate([b + p.starts[n] for b, (p, n) in zip(bases, pairs, strict=True)]),
-        lengths=np.concatenate([part.lengths[n] for part, n in pairs]),
+        starts=np.concatenate([
+            base + (np.cumsum(part.lengths, dtype=np.int64) - part.lengths)[n]
+            for base, (part, n) in zip(bases, pairs, strict=True)
+        ]),
+        lengths=np.concatenate([part.lengths[n] for part, n in pairs]).astype(np.int64),
         kinds=np.repeat(np.array(kinds, dtype=np.uint8), counts),
         sources=np.repeat(np.arange(len(parts), dtype=np.uint8), counts),
         text_bytes=np.concatenate([part.text_bytes[n] for part, n in pairs]),
@@ -342,9 +345,9 @@ def _count(
             source=source.source.name,
             kind=source.source.kind.value,
             train_documents=len(chosen.train[i]),
-            train_tokens=int(train.lengths[chosen.train[i]].sum()),
+            train_tokens=int(train.lengths[chosen.train[i]].sum(dtype=np.int64)),
             heldout_documents=len(chosen.heldout[i]),
-            heldout_tokens=int((own or train).lengths[chosen.heldout[i]].sum()),
+            heldout_tokens=int((own or train).lengths[chosen.heldout[i]].sum(dtype=np.int64)),
             leaked_documents=chosen.leaked[i],
             duplicate_documents=chosen.duplicates[i],
             dropped_rows=train.info.dropped_rows + (own.info.dropped_rows if own else 0),

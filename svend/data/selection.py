@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from svend.data.hygiene import first_occurrences, near_duplicates
+from svend.data.hygiene import are_among, first_occurrences, near_duplicates
 from svend.data.tokenised import Progress, TokenisedPart
 from svend.pipeline.config import DataConfig, Duplicates
 
@@ -30,18 +30,19 @@ def select_documents(
 ) -> Selection:
     """Divide the documents, and leave out of the train part what leaks and what is there twice."""
     bound = heldout_bound(data)
-    held, candidates = [], []
+    held, candidates, held_questions = [], [], []
     for train, own in parts:
-        is_held = train.questions < bound if own is None else np.zeros(len(train.questions), bool)
-        held.append(np.flatnonzero(is_held) if own is None else np.arange(len(own.questions)))
-        candidates.append(np.flatnonzero(~is_held))
-    held_questions = np.unique(np.concatenate([
-        (own or train).questions[numbers]
-        for (train, own), numbers in zip(parts, held, strict=True)
-    ]))
+        questions = (own or train).questions
+        is_held = questions < bound if own is None else np.ones(len(questions), bool)
+        held.append(np.flatnonzero(is_held))
+        held_questions.append(questions[is_held])
+        candidates.append(
+            np.flatnonzero(~is_held) if own is None else np.arange(len(train.lengths))
+        )
+    known = np.unique(np.concatenate(held_questions))
     kept, leaked = [], []
     for (train, _), numbers in zip(parts, candidates, strict=True):
-        leaks = np.isin(train.questions[numbers], held_questions) | train.leaked[numbers]
+        leaks = (are_among(train.questions, known) | train.leaked)[numbers]
         kept.append(numbers[~leaks])
         leaked.append(int(leaks.sum()))
     unique = _without_duplicates(data, parts, kept, held, progress)

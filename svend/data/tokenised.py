@@ -54,28 +54,39 @@ class PartInfo:
 
 
 class TokenisedPart:
-    """A tokenised part, read from its folder; arrays have an entry for each document."""
+    """A tokenised part, read from its folder; arrays have an entry for each document.
+
+    Only the lengths stay in memory: hashes are read when they are asked for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = PartInfo(**json.loads((folder / "part.json").read_text(encoding="utf-8")))
-        indexes = [np.load(path) for path in sorted(folder.glob("*.npz"))]
-        self._fields = {
-            name: np.concatenate([index[name] for index in indexes])
-            for name in FIELDS if name in indexes[0]
-        }
-        self.lengths = self._fields["lengths"].astype(np.int64)
-        self.text_bytes = self._fields["text_bytes"]
-        self.questions: npt.NDArray[np.uint64] = self._fields["questions"]
-        self.digests: npt.NDArray[np.uint64] = self._fields["digests"]
-        self.leaked: npt.NDArray[np.bool_] = self._fields["leaked"]
         self.shards = sorted(folder.glob("*.tokens"))
-        ends = np.cumsum(self.lengths)
-        self.starts = ends - self.lengths
+        self.lengths: npt.NDArray[np.uint32] = self._read("lengths")
+
+    @property
+    def text_bytes(self) -> npt.NDArray[np.uint32]:
+        return self._read("text_bytes")
+
+    @property
+    def questions(self) -> npt.NDArray[np.uint64]:
+        return self._read("questions")
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        return self._read("digests")
+
+    @property
+    def leaked(self) -> npt.NDArray[np.bool_]:
+        return self._read("leaked")
 
     @property
     def signatures(self) -> npt.NDArray[np.uint32]:
-        return self._fields["signatures"]
+        return self._read("signatures")
+
+    def _read(self, name: str) -> npt.NDArray[Any]:
+        return np.concatenate([np.load(path)[name] for path in sorted(self.folder.glob("*.npz"))])
 
 
 def tokenise(
