@@ -422,7 +422,7 @@ REFUSED_OVERRIDES = [
     ("model.num_attention_heads", "7", "model.num_attention_heads"),
     ("model.num_attention_heads", "0", "model.num_attention_heads"),
     ("model.num_key_value_heads", "3", "model.num_key_value_heads"),
-    ("model.vocab_size", "100000", "model.vocab_size"),
+    ("model.vocab_size", "0", "model.vocab_size"),
     ("model.rope_theta", ".nan", "model.rope_theta"),
     ("model.rope_theta", "0", "model.rope_theta"),
     ("model.rope_theta", "-1", "model.rope_theta"),

@@ -45,7 +45,7 @@ def test_a_sound_machine_passes_every_check_and_nothing_is_left_behind(
     [
         (("--data", "gsm8k", "--data.path", "nowhere"), "data", "nowhere: no such file",
          {"tokenizer", "forward and backward", "overfits one batch", "checkpoint"}),
-        (("--data.num_samples", "60"), "data", "in the heldout part; raise training.data",
+        (("--data.num_samples", "12"), "data", "in the heldout part; raise training.data",
          {"tokenizer", "forward and backward", "overfits one batch", "checkpoint"}),
         (("--training.learning_rate", "1e-12"), "overfits one batch",
          "check training.learning_rate", set()),
