@@ -135,11 +135,14 @@ def check_against_reference(
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE[precision], atol=1e-5)
+    # Where a query sees one key, its gradient is zero, as a difference of terms that are not: it
+    # comes out as their rounding. So a small gradient is held against the largest of the model.
+    floor = 0.01 * max(float(gradient.abs().max()) for gradient in expected_gradients)
     for (name, parameter), gradient in zip(
         model.named_parameters(), expected_gradients, strict=True
     ):
         assert parameter.grad is not None, name
-        allowed = TOLERANCE[precision] * max(1e-3, float(gradient.abs().max()))
+        allowed = TOLERANCE[precision] * max(floor, float(gradient.abs().max())) + 1e-9
         assert float((parameter.grad - gradient).abs().max()) <= allowed, name
         parameter.grad = None
 
@@ -151,6 +154,7 @@ def check_against_reference(
     policy=st.sampled_from([None, *CheckpointingPolicy]), seed=st.integers(0, 999),
 )
 @example(batch=2, length=1, kv_heads=2, precision=Precision.BF16, policy=None, seed=0)
+@example(batch=1, length=2, kv_heads=2, precision=Precision.BF16, policy=None, seed=60)
 @example(batch=1, length=300, kv_heads=2, precision=Precision.FP32, policy=None, seed=1)
 def test_loss_and_gradients_are_the_references(
     batch: int, length: int, kv_heads: int, precision: Precision,
