@@ -103,7 +103,9 @@ def encode_chunks(
 
 def default_processes(processes: int | None) -> int:
     """Return how many processes tokenise: as configured, else one for each core."""
-    return processes or len(os.sched_getaffinity(0))
+    if processes is None and hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return processes or os.cpu_count() or 1
 
 
 @contextlib.contextmanager
