@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from svend.bench import scaling
+from svend.bench.data import CONTESTANTS as CONTESTANTS_OF_DATA
+from svend.bench.data import measure_tokenising
 from svend.bench.report import comparison_table, plot_comparisons
 from svend.bench.spec import Spec
 from svend.bench.train import Comparison, Timing, _check_parameters, compare
@@ -143,6 +145,16 @@ def test_scaling_varies_one_size_at_a_time(
     scaling.plot_scaling(points, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads(scaling.to_json(points))) == 6
+
+
+@pytest.mark.slow
+def test_tokenising_is_timed_on_the_same_tokens() -> None:
+    size, turns = measure_tokenising(1, 1, 1, list(CONTESTANTS_OF_DATA), lambda _: None)
+    assert size >= 1_000_000
+    ours, theirs = turns
+    assert [turn.contestant for turn in turns] == ["svend", "datasets"]
+    assert ours.tokens == pytest.approx(theirs.tokens, rel=0.1)  # theirs by a sample
+    assert all(turn.seconds > 0 and turn.peak_memory_gb > 0.05 for turn in turns)
 
 
 def test_every_contestant_exists() -> None:

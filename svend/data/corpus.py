@@ -1,7 +1,8 @@
 """The tokenised data of a run: which documents it trains on, and which it holds out.
 
 The cache holds, each named by what went into it and made once: tokenised parts of sources
-(`tokenised.py`), tokenizers, hashes of evaluation sets, and the choice of documents.
+(`tokenised.py`), tokenizers, and hashes of evaluation sets. Which documents a run takes of them is
+decided anew each time (`selection.py`).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from svend.data.chat import TEMPLATE_VERSION
 from svend.data.encoding import EncodedDocuments, EncodingSpec, encode_chunks
 from svend.data.sources import SourcePart
 from svend.errors import DataError
@@ -120,8 +121,6 @@ def locked(path: Path, occupation: str, progress: Progress) -> Iterator[None]:
 
 
 def _key(part: SourcePart, spec: EncodingSpec, tokenizer_sha256: str) -> str:
-    from svend.data.chat import TEMPLATE_VERSION
-
     leaks = None
     if spec.leaks is not None:
         leaks = [Path(spec.leaks).stem, spec.leak_words]
