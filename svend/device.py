@@ -25,6 +25,8 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
     Precision.FP16: torch.float16,
 }
+# What torch.cpu.get_capabilities calls matrix products in bf16, on x86 and on Arm.
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "arm_bf16")
 HOPPER = (9, 0)  # the CUDA compute capability of an H100
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
@@ -38,6 +40,18 @@ def resolve_device(device: Device) -> torch.device:
             f"({torch.__version__}) is a CUDA build, or set training.device=cpu"
         )
     return torch.device("cuda" if has_cuda and device is not Device.CPU else "cpu")
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return what AUTO stands for on the device; another precision as it is."""
+    if precision is not Precision.AUTO:
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Precision.BF16 if native else Precision.FP16
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in CPU_BF16)
+    return Precision.BF16 if native else Precision.FP32
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

@@ -666,7 +666,8 @@ def _create(
     folder: Path, run_id: str = "r", scale: str = "tiny", experiment: str = "svend",
     saved: bool = True,
 ) -> RunFolder:
-    identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a", "cpu", False)
+    identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a", "cpu",
+                           Precision.FP32, False)
     run = RunFolder.create(_config(folder, experiment, scale), identity)
     if saved:
         (run.path / "step_00000001").mkdir()
@@ -678,8 +679,8 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     assert [run.path.name for run in runs] == ["svend", "svend-2", "svend-3"]
     assert json.loads((runs[1].path / "run.json").read_text()) == {
         "run_id": "1", "tracking_uri": "sqlite:///x", "experiment": "svend", "scale": "tiny",
-        "data_fingerprint": "da7a", "device": "cpu", "compiled": False,
-        "finished": False}
+        "data_fingerprint": "da7a", "device": "cpu", "precision": "fp32",
+        "compiled": False, "finished": False}
 
 
 @pytest.mark.parametrize("experiment", ["../../escape", "a/b", "..", ".hidden", "é ü", "   "])
@@ -705,7 +706,7 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
     _create(tmp_path, "another experiment", experiment="other")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
     assert found.identity == RunIdentity(
-        "wanted", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False
+        "wanted", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
     )
     assert found.path == tmp_path / "svend-2"
 
@@ -755,7 +756,9 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False))
+                           RunIdentity(
+                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
+                           ))
     moved = _config(tmp_path / "moved", **{"data": DataConfig(), **changes}).resolve()
     run.check_config(moved)
     run.check_machine("da7a", "cpu")
@@ -764,7 +767,7 @@ def test_a_run_can_be_resumed_with_its_own_settings(
 @pytest.mark.parametrize(("changes", "fingerprint", "device", "named"), [
     ({"seed": 1}, "da7a", "cpu", "training.seed was 0, now 1"),
     ({"max_steps": 5}, "da7a", "cpu", "training.max_steps was None, now 5"),
-    ({"precision": Precision.FP32}, "da7a", "cpu", "training.precision was bf16, now fp32"),
+    ({"precision": Precision.FP32}, "da7a", "cpu", "training.precision was auto, now fp32"),
     ({"scale": "small"}, "da7a", "cpu", "model."),
     ({"experiment": "other"}, "da7a", "cpu", "training.experiment_name was svend, now other"),
     ({"validation_gates": {"max_loss": 5.0}}, "da7a", "cpu", "training.validation_gates"),
@@ -776,7 +779,9 @@ def test_a_run_is_not_resumed_as_another_run(
     tmp_path: Path, changes: dict[str, Any], fingerprint: str, device: str, named: str
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
-                           RunIdentity("r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", False))
+                           RunIdentity(
+                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
+                           ))
     with pytest.raises(UserError, match=r"^cannot resume") as refusal:
         run.check_config(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve())
         run.check_machine(fingerprint, device)

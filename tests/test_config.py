@@ -375,7 +375,7 @@ REFUSED_OVERRIDES = [
     ("training.schedule", "null", "training.schedule"),
     ("training.schedule", "[cosine]", "training.schedule"),
     ("training.schedule", "{a: 1}", "training.schedule"),
-    ("training.precision", "int8", "must be one of fp32, bf16, fp16"),
+    ("training.precision", "int8", "must be one of auto, fp32, bf16, fp16"),
     ("training.compile", "maybe", "must be one of auto, on, off"),
     ("training.compile", "1", "training.compile"),
     ("training.device", "tpu", "must be one of auto, cpu, cuda"),

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from svend.device import DTYPES
 from svend.errors import ResourceError
 from svend.models import transformer
 from svend.models.config import TransformerConfig
@@ -146,7 +147,7 @@ def test_the_model_of_a_factory_is_planned_as_what_it_is() -> None:
 @given(
     batch_size=st.integers(1, 64),
     length=st.sampled_from([2048, 4096]),
-    precision=st.sampled_from(Precision),
+    precision=st.sampled_from(tuple(DTYPES)),
     checkpointing=st.booleans(),
 )
 def test_memory_grows_linearly_with_the_batch(
@@ -166,7 +167,7 @@ def test_memory_grows_linearly_with_the_batch(
     assert total(batch_size) == total(1) + (batch_size - 1) * per_sequence
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", DTYPES)
 def test_checkpointing_saves_activations_and_nothing_else(precision: Precision) -> None:
     model = get_model_config(ModelScale.TINY)
     kept = predict_memory(model, make_training(precision=precision), 0)

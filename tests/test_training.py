@@ -22,6 +22,7 @@ from svend.data.stream import (
     PackedSequences,
     next_token_labels,
 )
+from svend.device import DTYPES
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
@@ -247,7 +248,7 @@ def test_steps_equal_a_reference_written_out_in_plain_torch(max_grad_norm: float
             )
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", DTYPES)
 def test_a_run_stopped_saved_and_loaded_goes_on_bit_for_bit(
     precision: Precision, tmp_path: Path
 ) -> None:
@@ -386,19 +387,24 @@ def test_the_held_out_loss_and_its_error_equal_a_direct_computation() -> None:
     assert measured.sequences == 8
     assert measured.loss == pytest.approx(loss, rel=1e-5)
     # The residuals s - loss t sum to zero, so that ddof=1 is the n / (n - 1) of the estimator.
-    assert measured.standard_error == pytest.approx(error, rel=1e-3)
-    assert measured.interval == pytest.approx((loss - 1.96 * error, loss + 1.96 * error), rel=1e-4)
     assert measured.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert measured.perplexity_interval[0] < measured.perplexity < measured.perplexity_interval[1]
+    measurements = measured.measurements()
+    assert measurements["loss"].sample_size == 8
+    # A bootstrap draws as if n were n - 1: sqrt(7 / 8) of the estimator's error.
+    low, high = measurements["loss"].interval
+    assert (high - low) / 2 == pytest.approx(1.96 * error * math.sqrt(7 / 8), rel=0.15)
+    assert (low + high) / 2 == pytest.approx(loss, abs=error / 2)
+    assert measurements["perplexity"].interval == pytest.approx((math.exp(low), math.exp(high)))
 
 
 def test_the_held_out_interval_narrows_as_sequences_are_added() -> None:
     model, sequences = make_model(), make_sequences(documents=600)
-    errors = [
-        measure_heldout_loss(model, sequences.first(count), Precision.FP32, CPU).standard_error
-        for count in (4, 32, 200)
-    ]
-    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+    widths = []
+    for count in (4, 32, 200):
+        measured = measure_heldout_loss(model, sequences.first(count), Precision.FP32, CPU)
+        low, high = measured.measurements()["loss"].interval
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1] > 2 * widths[2]
 
 
 def test_one_held_out_sequence_has_no_finite_interval_and_all_are_used_where_there_are_fewer() -> (
@@ -406,7 +412,7 @@ def test_one_held_out_sequence_has_no_finite_interval_and_all_are_used_where_the
 ):
     model, sequences = make_model(), make_sequences(documents=9)
     one = measure_heldout_loss(model, sequences.first(1), Precision.FP32, CPU)
-    assert one.standard_error == math.inf
+    assert one.measurements()["loss"].interval == (-math.inf, math.inf)
     all_ = measure_heldout_loss(model, sequences.first(10_000), Precision.FP32, CPU)
     assert all_.sequences == len(sequences)
 

@@ -6,53 +6,66 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from svend.data.stream import Batch
 from svend.device import autocast, to_device
 from svend.errors import DataError
+from svend.evaluation.measurement import Measurement, Values, bootstrap
 from svend.pipeline.config import Precision
-
-Z_95 = 1.96  # two-sided 95% of a normal distribution
 
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """Mean negative log-likelihood in nats per token; standard error over sequences."""
+    """Mean negative log-likelihood in nats per predicted token, from sums over sequences.
 
-    loss: float
-    standard_error: float
-    tokens: int
-    sequences: int
+    sums: the summed loss of each sequence. predicted: how many tokens each predicts.
+    """
+
+    sums: tuple[float, ...]
+    predicted: tuple[int, ...]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% confidence interval of the loss."""
-        return self.loss - Z_95 * self.standard_error, self.loss + Z_95 * self.standard_error
+    def tokens(self) -> int:
+        return sum(self.predicted)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.predicted)
+
+    @property
+    def loss(self) -> float:
+        return sum(self.sums) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return float(_exp(np.array(self.loss)))
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
         """The loss in bits per byte of text: what compares across tokenizers."""
         return self.loss / math.log(2) / bytes_per_token
 
-    @property
-    def perplexity(self) -> float:
-        return _exp(self.loss)
+    def measurements(self) -> dict[str, Measurement]:
+        """Return loss and perplexity as gates name them, with bootstrap intervals.
 
-    @property
-    def perplexity_interval(self) -> tuple[float, float]:
-        low, high = self.interval
-        return _exp(low), _exp(high)
+        Whole sequences are drawn anew: their tokens are not independent of one another, they
+        nearly are. The sample size is that of the sequences.
+        """
+        rows_N2 = np.array([self.sums, self.predicted], dtype=np.float64).T
+        return {
+            "loss": bootstrap(rows_N2, _mean_loss),
+            "perplexity": bootstrap(rows_N2, lambda means: _exp(_mean_loss(means))),
+        }
 
 
 def measure_heldout_loss(
     model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
 ) -> HeldoutLoss:
-    """Measure the loss on held-out batches.
+    """Measure the loss on held-out batches, best of one sequence each.
 
-    Each batch weighs by its tokens. The standard error is the ratio estimator's (Cochran 1977,
-    section 6.3) over batches, best of one sequence each: documents of a sequence are not
-    independent, sequences nearly are. Raises DataError if no token is predicted.
+    Each batch weighs by its tokens. Raises DataError if no token is predicted.
     """
     was_training = model.training
     model.eval()
@@ -69,17 +82,15 @@ def measure_heldout_loss(
         model.train(was_training)
     if sum(tokens) == 0:
         raise DataError("the held-out part predicts no token; give longer held-out documents")
-    return _ratio_estimate([float(summed) for summed in sums], tokens)
+    return HeldoutLoss(tuple(float(summed) for summed in sums), tuple(tokens))
 
 
-def _ratio_estimate(sums: list[float], tokens: list[int]) -> HeldoutLoss:
-    total, n = sum(tokens), len(sums)
-    loss = sum(sums) / total
-    if n < 2:
-        return HeldoutLoss(loss, math.inf, total, n)
-    squares = sum((s - loss * t) ** 2 for s, t in zip(sums, tokens, strict=True))
-    return HeldoutLoss(loss, math.sqrt(squares * n / (n - 1)) / total, total, n)
+def _mean_loss(means: Values) -> Values:
+    # A resample may have drawn only sequences that predict nothing: that gives no mean.
+    with np.errstate(invalid="ignore"):
+        return means[..., 0] / means[..., 1]
 
 
-def _exp(value: float) -> float:
-    return math.inf if value > 700 else math.exp(value)
+def _exp(value: Values) -> Values:
+    with np.errstate(over="ignore"):
+        return np.exp(value)

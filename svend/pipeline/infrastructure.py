@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from svend.device import (
     check_precision,
     describe_device,
     resolve_device,
+    resolve_precision,
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
 from svend.pipeline.checkpoints import CheckpointManager, verify
@@ -96,7 +97,9 @@ class InfrastructureChecks:
         return describe_device(self._device)
 
     def _check_precision(self) -> str:
-        precision = self._config.training.precision
+        training = self._config.training
+        precision = resolve_precision(training.precision, self._device)
+        self._config = replace(self._config, training=replace(training, precision=precision))
         check_precision(precision, self._device)
         if self._config.training.float8:
             check_float8(precision, self._device)

@@ -22,6 +22,7 @@ from svend.device import (
     describe_device,
     keep_freed_memory,
     resolve_device,
+    resolve_precision,
 )
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8
@@ -109,6 +110,10 @@ def prepare_job(
         console.print(f"W&B: {place}", soft_wrap=True)
     keep_freed_memory()
     device = resolve_device(training.device)
+    as_written = config
+    precision = folder.identity.precision if folder else training.precision
+    training = replace(training, precision=resolve_precision(precision, device))
+    config = replace(config, training=training)
     check_precision(training.precision, device)
     if training.float8:
         check_float8(training.precision, device)
@@ -141,9 +146,10 @@ def prepare_job(
     stream = BatchStream(sequences, training.batch_size)
     state = build_state(model, stream, training, total_steps, device)
     if folder is None:
-        folder = RunFolder.create(config, RunIdentity(
+        folder = RunFolder.create(as_written, RunIdentity(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
-            training.model_scale.value, corpus.fingerprint, device.type, plan.compile,
+            training.model_scale.value, corpus.fingerprint, device.type, training.precision,
+            plan.compile,
         ))
     manager = _checkpoint_manager(config, folder)
     job = Job(

@@ -27,8 +27,12 @@ class Schedule(Enum):
 
 
 class Precision(Enum):
-    """The number format of the forward and backward pass; the weights stay fp32."""
+    """The number format of the forward and backward pass; the weights stay fp32.
 
+    AUTO is BF16 on a device that multiplies in it, else FP16 on CUDA and FP32 on a CPU.
+    """
+
+    AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
@@ -365,12 +369,23 @@ def _default_gates(level: str) -> Any:
 
 @dataclass(kw_only=True)
 class GatesConfig:
-    """The gates of the four levels."""
+    """The gates of the four levels.
 
+    confidence: None decides by the measured value, as the guide does; a number such as 0.95 by the
+    bound of an interval of that one-sided confidence.
+    """
+
+    confidence: float | None = _default("gates.confidence")
     quick: list[ValidationGate] = _default_gates("quick")
     standard: list[ValidationGate] = _default_gates("standard")
     full: list[ValidationGate] = _default_gates("full")
     production: list[ValidationGate] = _default_gates("production")
+
+    def check(self) -> None:
+        """Raise ConfigError for a confidence that no interval has."""
+        confidence = self.confidence
+        _require(confidence is None or 0.5 < confidence < 1, "gates.confidence", confidence,
+                 "null, or above 0.5 and below 1")
 
 
 @dataclass(kw_only=True)
@@ -404,6 +419,7 @@ class PipelineConfig:
         resolved = dataclasses.replace(self, model=model, training=training)
         model.check()
         training.check()
+        self.gates.check()
         of_scale = get_model_config(training.model_scale)
         _require(
             model == of_scale or model.name != of_scale.name,

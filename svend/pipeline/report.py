@@ -21,6 +21,7 @@ from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
 from svend.pipeline.config import PipelineConfig, format_count
 from svend.pipeline.infrastructure import CheckResult
+from svend.pipeline.validation import Decision
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion
 
@@ -174,10 +175,7 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="right")
     table.add_column("must be", no_wrap=True)
     for row in rows:
-        if row["passed"]:
-            verdict = Text("pass", style="green")
-        else:
-            verdict = Text("FAIL" if row["required"] else "warn", style="bold red")
+        verdict = Text(_verdict_text(row), style="green" if row["passed"] else "bold red")
         table.add_row(
             row["level"],
             row["gate"],
@@ -197,7 +195,7 @@ def verdicts_html(rows: Sequence[dict[str, Any]]) -> str:
             "step": row["step"],
             "level": row["level"],
             "gate": row["gate"],
-            "verdict": "pass" if row["passed"] else "FAIL" if row["required"] else "warn",
+            "verdict": _verdict_text(row),
             "value": _value_text(row),
             "95% interval": _interval_text(row),
             "n": "" if row["sample_size"] is None else f"{row['sample_size']:,}",
@@ -260,6 +258,12 @@ def show_next_steps(
     lines.append(("" if local else "see the run", url))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)
+
+
+def _verdict_text(row: dict[str, Any]) -> str:
+    if row["decision"] != Decision.FAIL.value:
+        return str(row["decision"])
+    return "FAIL" if row["required"] else "warn"
 
 
 def _value_text(row: dict[str, Any]) -> str:

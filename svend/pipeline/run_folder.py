@@ -9,12 +9,12 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from svend.errors import UserError
-from svend.pipeline.config import PipelineConfig
+from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
 
 RUN_FILE = "run.json"
@@ -39,6 +39,7 @@ class RunIdentity:
     scale: str
     data_fingerprint: str
     device: str
+    precision: Precision
     compiled: bool
     finished: bool = False
 
@@ -184,7 +185,7 @@ class RunFolder:
     def _write_identity(self) -> None:
         temporary = self.path / f".{RUN_FILE}"
         with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(self.identity), indent=1))
+            stream.write(json.dumps(to_tree(self.identity), indent=1))
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(self.path / RUN_FILE)
@@ -212,8 +213,9 @@ def _existing(checkpoint_dir: str, experiment: str) -> Iterable[RunFolder]:
         if not (path / RUN_FILE).is_file():
             continue
         try:
-            identity = RunIdentity(**json.loads((path / RUN_FILE).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            told = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+            identity = RunIdentity(**{**told, "precision": Precision(told["precision"])})
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path / RUN_FILE}: damaged ({error}); restore it, or move the folder away"
             ) from None

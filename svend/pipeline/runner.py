@@ -49,7 +49,6 @@ from svend.pipeline.validation import (
     Measurement,
     PipelineValidator,
     ValidationResult,
-    heldout_measurements,
 )
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import (
@@ -369,7 +368,7 @@ class PipelineRunner:
         quick = self.validator.validate_quick(job.state.model, measured.loss, step)
         standard = self.validator.decide(
             GateLevel.STANDARD,
-            {**heldout_measurements(measured), "gradient_norm": Measurement(gradient_norm)},
+            {**measured.measurements(), "gradient_norm": Measurement(gradient_norm)},
             Evidence(step),
         )
         return quick, standard

@@ -15,11 +15,12 @@ from torch import nn
 
 from svend.data.stream import Batch
 from svend.errors import ConfigError
-from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.evaluation.heldout import measure_heldout_loss
+from svend.evaluation.measurement import Measurement
 from svend.pipeline.config import GatesConfig, Precision, ValidationGate
 
-__all__ = ["Evidence", "GateLevel", "GateResult", "Gates", "Measurement", "PipelineValidator",
-           "ValidationGate", "ValidationResult"]
+__all__ = ["Decision", "Evidence", "GateLevel", "GateResult", "Gates", "Measurement",
+           "PipelineValidator", "ValidationGate", "ValidationResult"]
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
                "==": operator.eq}
@@ -32,15 +33,6 @@ class GateLevel(Enum):
     STANDARD = "standard"
     FULL = "full"
     PRODUCTION = "production"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A measured value, with its 95% confidence interval and sample size where it is a sample."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-    sample_size: int | None = None
 
 
 Metrics = Mapping[str, float | Measurement]
@@ -57,19 +49,67 @@ class Evidence:
     run_id: str | None = None
 
 
+class Decision(Enum):
+    """What a gate decides; only PASS opens it."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNDECIDED = "undecided"
+
+
 @dataclass(frozen=True)
 class GateResult:
-    """One gate's decision. A metric that was not measured is a failure, named as such."""
+    """One gate's decision. A metric that was not measured is a failure, named as such.
+
+    Without `confidence` the measured value decides. With it, the bound of the one-sided interval
+    on the threshold's side does: the gate passes if the whole interval satisfies it, fails if none
+    of it does, and is else undecided. A value that is no sample, such as a count of weights,
+    decides by itself.
+    """
 
     gate: ValidationGate
     measurement: Measurement | None
+    confidence: float | None = None
 
     @property
     def passed(self) -> bool:
+        return self.decision is Decision.PASS
+
+    @property
+    def decision(self) -> Decision:
         if self.measurement is None or not math.isfinite(self.measurement.value):
-            return False
-        compare = COMPARISONS[self.gate.comparison]
-        return bool(compare(self.measurement.value, self.gate.threshold))
+            return Decision.FAIL
+        interval = None if self.confidence is None else self._interval(self.measurement)
+        satisfied = {self._satisfies(bound) for bound in interval or (self.measurement.value,)}
+        if len(satisfied) == 2:
+            return Decision.UNDECIDED
+        return Decision.PASS if satisfied == {True} else Decision.FAIL
+
+    @property
+    def samples_needed(self) -> int | None:
+        """About how many samples more would decide an undecided gate, if the value stays.
+
+        None where no number would: the value is the threshold, or nothing tells.
+        """
+        measurement = self.measurement
+        if measurement is None or measurement.sample_size is None:
+            return None
+        for exponent in range(1, 81):
+            factor = 2 ** (exponent / 4)
+            low, high = self._interval(measurement, factor) or (-math.inf, math.inf)
+            if self._satisfies(low) == self._satisfies(high):
+                return math.ceil((factor - 1) * measurement.sample_size)
+        return None
+
+    def _interval(
+        self, measurement: Measurement, size_factor: float = 1.0
+    ) -> tuple[float, float] | None:
+        """The interval whose bounds are each one-sided at the gate's confidence."""
+        assert self.confidence is not None
+        return measurement.interval_at(2 * self.confidence - 1, size_factor)
+
+    def _satisfies(self, value: float) -> bool:
+        return bool(COMPARISONS[self.gate.comparison](value, self.gate.threshold))
 
     @property
     def condition(self) -> str:
@@ -78,9 +118,16 @@ class GateResult:
 
     @property
     def failure(self) -> str:
-        """Why the gate failed."""
+        """Why the gate did not pass."""
         if self.measurement is None:
             return f"{self.gate.name}: {self.gate.metric_name} was not measured"
+        if self.decision is Decision.UNDECIDED:
+            more = self.samples_needed
+            needs = f"needs about {more:,} more samples" if more else "no sample size would tell"
+            return (
+                f"{self.gate.name}: undecided at {_format(self.measurement)}, must be "
+                f"{self.condition} with confidence {self.confidence:g}: {needs}"
+            )
         return f"{self.gate.name}: {self.measurement.value:.4g}, must be {self.condition}"
 
 
@@ -115,7 +162,9 @@ class ValidationResult:
         at_step = "" if self.evidence.step is None else f" at step {self.evidence.step}"
         lines = [f"{self.level.name} gate{at_step}: {verdict}"]
         for result in self.gates:
-            mark = "pass" if result.passed else "FAIL" if result.gate.required else "warn"
+            mark = {Decision.PASS: "pass", Decision.UNDECIDED: "undecided"}.get(
+                result.decision, "FAIL" if result.gate.required else "warn"
+            )
             value = "not measured" if result.measurement is None else _format(result.measurement)
             lines.append(f"  {mark}  {result.gate.name}: {value} ({result.condition})")
         return "\n".join(lines)
@@ -139,6 +188,8 @@ class ValidationResult:
                 "threshold": result.gate.threshold,
                 "required": result.gate.required,
                 "passed": result.passed,
+                "decision": result.decision.value,
+                "confidence": result.confidence,
                 **dataclasses.asdict(self.evidence),
             })
         return rows
@@ -163,6 +214,7 @@ class PipelineValidator:
         self.strict = strict
         self.history: list[ValidationResult] = []
         built_in = gates or GatesConfig()
+        self.confidence = built_in.confidence
         self._gates = {level: list(getattr(built_in, level.value)) for level in GateLevel}
         self._gates[GateLevel.FULL] += list(custom_gates)
         for name, threshold in (thresholds or {}).items():
@@ -180,7 +232,7 @@ class PipelineValidator:
         evidence: Evidence = Evidence(),
     ) -> ValidationResult:
         """Decide a level's gates on these measurements, by metric name."""
-        results = [GateResult(gate, measurements.get(gate.metric_name))
+        results = [GateResult(gate, measurements.get(gate.metric_name), self.confidence)
                    for gate in self._gates[level]]
         verdict = ValidationResult(level, results, evidence)
         self.history.append(verdict)
@@ -245,7 +297,7 @@ class PipelineValidator:
         if eval_dataloader is not None:
             device = next(model.parameters()).device
             measured = measure_heldout_loss(model, eval_dataloader, Precision.FP32, device)
-            measurements |= heldout_measurements(measured)
+            measurements |= measured.measurements()
         for name, value in (metrics or {}).items():
             measurements[name] = value if isinstance(value, Measurement) else Measurement(value)
         return self.decide(level, measurements, Evidence(step=step))
@@ -275,16 +327,6 @@ class PipelineValidator:
                 f"training.validation_gates.{name}: no such gate below production; known: "
                 f"{', '.join(known)}, or min_ or max_ with a metric's name"
             )
-
-
-def heldout_measurements(measured: HeldoutLoss) -> dict[str, Measurement]:
-    """Return held-out loss and perplexity as the gates name them."""
-    return {
-        "loss": Measurement(measured.loss, measured.interval, measured.tokens),
-        "perplexity": Measurement(
-            measured.perplexity, measured.perplexity_interval, measured.tokens
-        ),
-    }
 
 
 def count_nonfinite_parameters(model: nn.Module) -> int:
