@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from svend.errors import ConfigError
-from svend.pipeline.config import GatesConfig
+from svend.evaluation.measurement import proportion
+from svend.pipeline.config import GatesConfig, load_config
 from svend.pipeline.validation import (
+    Decision,
     Evidence,
     GateLevel,
     GateResult,
@@ -227,20 +229,22 @@ def test_rows_carry_the_measurement_the_gate_and_the_evidence() -> None:
     validator = PipelineValidator(custom_gates=[_gate(required=False)])
     evidence = Evidence(step=80, checkpoint_sha256="c0ffee", data_fingerprint="da7a", run_id="r1")
     measurements = {"accuracy": Measurement(0.25, (0.2, 0.3), 400),
-                    "tool_accuracy": Measurement(0.1)}
+                    "tool_accuracy": Measurement(0.1, data_fingerprint="07her")}
     rows = validator.decide(GateLevel.FULL, measurements, evidence).rows()
     shared = {"level": "full", "step": 80, "checkpoint_sha256": "c0ffee",
               "data_fingerprint": "da7a", "run_id": "r1"}
     assert rows == [
         {**shared, "gate": "min_accuracy", "metric": "accuracy", "value": 0.25, "low_95": 0.2,
          "high_95": 0.3, "sample_size": 400, "comparison": ">", "threshold": 0.10,
-         "required": True, "passed": True},
+         "required": True, "passed": True, "decision": "pass", "confidence": None},
         {**shared, "gate": "tool_accuracy", "metric": "tool_accuracy", "value": 0.1,
          "low_95": None, "high_95": None, "sample_size": None, "comparison": ">",
-         "threshold": 0.30, "required": True, "passed": False},
+         "threshold": 0.30, "required": True, "passed": False, "decision": "fail",
+         "confidence": None, "data_fingerprint": "07her"},
         {**shared, "gate": "chemistry", "metric": "chemistry_accuracy", "value": None,
          "low_95": None, "high_95": None, "sample_size": None, "comparison": ">=",
-         "threshold": 0.5, "required": False, "passed": False},
+         "threshold": 0.5, "required": False, "passed": False, "decision": "fail",
+         "confidence": None},
     ]
 
 
@@ -270,3 +274,87 @@ def test_the_history_holds_every_verdict_in_order(capsys: pytest.CaptureFixture[
     assert validator.history == verdicts
     validator.print_summary()
     assert capsys.readouterr().out == "".join(v.summary() + "\n" for v in verdicts)
+
+
+ACCURACY_GATE = ValidationGate(
+    name="min_accuracy", metric_name="accuracy", threshold=0.6, comparison=">="
+)
+
+
+@pytest.mark.parametrize(("right", "n", "by_value", "by_confidence"), [
+    (36, 50, Decision.PASS, Decision.PASS),
+    (35, 50, Decision.PASS, Decision.UNDECIDED),
+    (30, 50, Decision.PASS, Decision.UNDECIDED),
+    (29, 50, Decision.FAIL, Decision.UNDECIDED),
+    (23, 50, Decision.FAIL, Decision.FAIL),
+    (821, 1319, Decision.PASS, Decision.PASS),
+    (820, 1319, Decision.PASS, Decision.UNDECIDED),
+])
+def test_with_confidence_a_gate_is_decided_only_by_a_whole_interval(
+    right: int, n: int, by_value: Decision, by_confidence: Decision
+) -> None:
+    measured = proportion(right, n)
+    assert GateResult(ACCURACY_GATE, measured).decision is by_value
+    assert GateResult(ACCURACY_GATE, measured, 0.95).decision is by_confidence
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(5, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
+       st.sampled_from(["<", ">", "<=", ">="]), st.floats(0.05, 0.95), st.floats(0.6, 0.99))
+def test_a_decision_with_confidence_is_one_that_the_value_alone_gives_too(
+    counts: tuple[int, int], comparison: str, threshold: float, confidence: float
+) -> None:
+    gate, measured = _gate(threshold, comparison), proportion(*counts)
+    with_confidence = GateResult(gate, measured, confidence).decision
+    assert with_confidence in (GateResult(gate, measured).decision, Decision.UNDECIDED)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_so_many_more_samples_decide_an_undecided_gate_if_the_share_stays(
+    counts: tuple[int, int]
+) -> None:
+    measured = proportion(*counts)
+    result = GateResult(ACCURACY_GATE, measured, 0.95)
+    if result.decision is not Decision.UNDECIDED or abs(measured.value - 0.6) < 1e-3:
+        return
+
+    def is_decided(samples: int) -> bool:
+        low, high = measured.interval_at(0.9, samples / counts[1])
+        return (low >= 0.6) == (high >= 0.6)
+
+    assert result.samples_needed is not None
+    needed = counts[1] + result.samples_needed
+    assert is_decided(needed)
+    assert not is_decided(needed - 1 - needed // 1000)
+
+
+def test_no_number_of_samples_decides_a_value_that_is_the_threshold() -> None:
+    assert GateResult(ACCURACY_GATE, proportion(30, 50), 0.95).samples_needed is None
+
+
+def test_an_undecided_gate_does_not_pass_and_says_how_many_samples_it_takes() -> None:
+    validator = PipelineValidator(gates=GatesConfig(confidence=0.95))
+    verdict = validator.decide(GateLevel.FULL, {
+        "accuracy": proportion(12, 100), "tool_accuracy": proportion(80, 100),
+    })
+    assert not verdict.passed
+    (failure,) = verdict.failures
+    assert failure.startswith("min_accuracy: undecided at 0.12 [")
+    assert "must be accuracy > 0.1 with confidence 0.95: needs about" in failure
+    assert [row["decision"] for row in verdict.rows()] == ["undecided", "pass"]
+    assert "undecided  min_accuracy" in verdict.summary()
+
+
+def test_a_value_that_is_no_sample_decides_by_itself_with_confidence_too() -> None:
+    validator = PipelineValidator(gates=GatesConfig(confidence=0.95))
+    verdict = validator.decide(GateLevel.QUICK, {
+        "loss": Measurement(2.0), "nonfinite_parameters": Measurement(0.0),
+    })
+    assert verdict.passed
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0, 0.0, 95])
+def test_a_confidence_that_no_interval_has_is_refused(confidence: float) -> None:
+    with pytest.raises(ConfigError, match=r"^gates\.confidence = "):
+        load_config(overrides=[("gates.confidence", str(confidence))])

@@ -16,7 +16,7 @@ from svend.data.documents import SPOKEN_BY_MODEL, Document, Role
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_MESSAGE = "<|end|>"
-ROLE_TOKENS = {role: f"<|{role.value}|>" for role in Role if role is not Role.TEXT}
+ROLE_TOKENS: dict[Role, str] = {role: f"<|{role.value}|>" for role in Role if role is not Role.TEXT}
 CONTROL_TOKENS = (END_OF_TEXT, END_OF_MESSAGE, *ROLE_TOKENS.values())
 # Part of a tokenised cache's identity: raise it when `render` changes what it returns.
 TEMPLATE_VERSION = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,15 +12,27 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from svend.data.chat import CHAT_TEMPLATE, CONTROL_TOKENS, END_OF_MESSAGE, END_OF_TEXT, render
-from svend.data.documents import Document
+from svend.data.chat import (
+    CHAT_TEMPLATE,
+    CONTROL_TOKENS,
+    END_OF_MESSAGE,
+    END_OF_TEXT,
+    ROLE_TOKENS,
+    render,
+)
+from svend.data.documents import Document, Message, Role
 from svend.errors import DataError
 
 
 class DocumentTokenizer:
-    """A byte-level BPE with Svend's control tokens."""
+    """A byte-level BPE with Svend's control tokens.
+
+    added: the control tokens that the tokenizer lacked, and was given here.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, origin: str) -> None:
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        self.added = tuple(token for token in CONTROL_TOKENS if token not in known)
         # Also where a loaded file has them as ordinary tokens, which text could spell.
         tokenizer.add_special_tokens([AddedToken(t, special=True) for t in CONTROL_TOKENS])
         tokenizer.encode_special_tokens = True
@@ -84,6 +96,23 @@ class DocumentTokenizer:
         lengths = np.array([sum(map(len, pieces)) for pieces in rendered], dtype=np.uint32)
         flat = chain.from_iterable(chain.from_iterable(rendered))
         return np.fromiter(flat, self.dtype, int(lengths.sum())), lengths
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of what comes before the model speaks.
+
+        Where tools are declared the model begins by choosing between an answer and a call.
+        """
+        ids = []
+        for message in messages:
+            ids += self.encode_message(message)
+        if all(message.role is not Role.TOOLS for message in messages):
+            ids.append(self.control_ids[ROLE_TOKENS[Role.ASSISTANT]])
+        return ids
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Return the token ids of one message that has a role, its end included."""
+        start = self.control_ids[ROLE_TOKENS[message.role]]
+        return [start, *self.encode_text(message.content), self.control_ids[END_OF_MESSAGE]]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of bare text; what imitates a control token is text too."""

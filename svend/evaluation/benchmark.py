@@ -133,3 +133,11 @@ class Benchmark:
     source: str = ""
     licence: str = ""
     metrics: tuple[str, ...] = field(default=())
+    # Where scoring costs more than reading, many answers are scored at a time.
+    score_many: Callable[[Sequence[Problem], Sequence[Answer]], list[Score]] | None = None
+
+    def score_all(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Score]:
+        """Return the score of each answer."""
+        if self.score_many is not None:
+            return self.score_many(problems, answers)
+        return [self.score(p, a) for p, a in zip(problems, answers, strict=True)]

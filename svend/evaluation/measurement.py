@@ -23,11 +23,13 @@ class Measurement:
 
     `bounds` gives the interval at another level, and as it would be for a multiple of the sample
     with the same value; without it, the 95% interval is taken for a normal distribution's.
+    data_fingerprint: a hash of what it was measured on, where that has one of its own.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     sample_size: int | None = None
+    data_fingerprint: str | None = None
     bounds: Bounds | None = field(default=None, repr=False, compare=False)
 
     def interval_at(self, level: float, size_factor: float = 1.0) -> tuple[float, float] | None:
@@ -61,7 +63,7 @@ def proportion(successes: int, n: int) -> Measurement:
     def bounds(level: float, size_factor: float) -> tuple[float, float]:
         return wilson_interval(successes * size_factor, n * size_factor, level)
 
-    return Measurement(successes / n, bounds(INTERVAL_LEVEL, 1.0), n, bounds)
+    return Measurement(successes / n, bounds(INTERVAL_LEVEL, 1.0), n, bounds=bounds)
 
 
 def mean_of_proportions(parts: Sequence[tuple[int, int]]) -> Measurement:
@@ -81,7 +83,7 @@ def mean_of_proportions(parts: Sequence[tuple[int, int]]) -> Measurement:
         return value - math.sqrt(below) / len(parts), value + math.sqrt(above) / len(parts)
 
     total = sum(n for _, n in parts)
-    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), total, bounds)
+    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), total, bounds=bounds)
 
 
 def mean_of_samples(values: Sequence[float], seed: int = 0) -> Measurement:
@@ -112,7 +114,7 @@ def bootstrap(
         shrink = math.sqrt(size_factor)
         return value + float(low - value) / shrink, value + float(high - value) / shrink
 
-    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), n, bounds)
+    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), n, bounds=bounds)
 
 
 def quantile(values: Sequence[float], share: float) -> Measurement:
@@ -135,4 +137,4 @@ def quantile(values: Sequence[float], share: float) -> Measurement:
         high = sum(c < 1 - tail for c in cumulative)
         return (ordered[low - 1] if low else 0.0), (ordered[high] if high < n else math.inf)
 
-    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), n, bounds)
+    return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), n, bounds=bounds)

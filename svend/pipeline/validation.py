@@ -22,6 +22,8 @@ from svend.pipeline.config import GatesConfig, Precision, ValidationGate
 __all__ = ["Decision", "Evidence", "GateLevel", "GateResult", "Gates", "Measurement",
            "PipelineValidator", "ValidationGate", "ValidationResult"]
 
+# A gate that so many times the samples would not decide is at its threshold.
+MOST_SAMPLES_FACTOR = 1e6
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
                "==": operator.eq}
 
@@ -89,17 +91,27 @@ class GateResult:
     def samples_needed(self) -> int | None:
         """About how many samples more would decide an undecided gate, if the value stays.
 
-        None where no number would: the value is the threshold, or nothing tells.
+        None where none would, for the value is as good as the threshold.
         """
         measurement = self.measurement
         if measurement is None or measurement.sample_size is None:
             return None
-        for exponent in range(1, 81):
-            factor = 2 ** (exponent / 4)
-            low, high = self._interval(measurement, factor) or (-math.inf, math.inf)
-            if self._satisfies(low) == self._satisfies(high):
-                return math.ceil((factor - 1) * measurement.sample_size)
-        return None
+        undecided, decided = 1.0, 2.0
+        while not self._is_decided_by(measurement, decided):
+            undecided, decided = decided, 2 * decided
+            if decided > MOST_SAMPLES_FACTOR:
+                return None
+        for _ in range(20):
+            middle = (undecided + decided) / 2
+            if self._is_decided_by(measurement, middle):
+                decided = middle
+            else:
+                undecided = middle
+        return math.ceil((decided - 1) * measurement.sample_size)
+
+    def _is_decided_by(self, measurement: Measurement, size_factor: float) -> bool:
+        interval = self._interval(measurement, size_factor)
+        return interval is not None and len({self._satisfies(bound) for bound in interval}) == 1
 
     def _interval(
         self, measurement: Measurement, size_factor: float = 1.0
@@ -191,6 +203,8 @@ class ValidationResult:
                 "decision": result.decision.value,
                 "confidence": result.confidence,
                 **dataclasses.asdict(self.evidence),
+                **({} if measurement is None or measurement.data_fingerprint is None
+                   else {"data_fingerprint": measurement.data_fingerprint}),
             })
         return rows
 
