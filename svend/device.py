@@ -49,9 +49,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Precision.BF16 if native else Precision.FP16
+    return Precision.BF16 if multiplies_in_bf16() else Precision.FP32
+
+
+def multiplies_in_bf16() -> bool:
+    """Whether the CPU has instructions for products in bf16; without them they are very slow."""
     capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name, False) for name in CPU_BF16)
-    return Precision.BF16 if native else Precision.FP32
+    return any(capabilities.get(name, False) for name in CPU_BF16)
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
