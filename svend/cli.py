@@ -11,7 +11,12 @@ from typing import NoReturn
 from svend import __version__
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, UserError
-from svend.pipeline.config import group_members, load_config, print_scale_comparison
+from svend.pipeline.config import (
+    BENCHMARK_NAMES,
+    group_members,
+    load_config,
+    print_scale_comparison,
+)
 
 OVERRIDE_HELP = """\
 any value of the configuration can be set by its dotted key, such as
@@ -24,6 +29,15 @@ examples:
   python -m svend train --data gsm8k --data.path ../gsm8k
   python -m svend train --resume
   python -m svend validate --scale small
+"""
+EVALUATE_HELP = """\
+the settings are those that the version was trained with; any can be overridden, such as
+  --evaluation.problems 1000   --gates.confidence 0.95
+  --evaluation.paths '{gsm8k: ../gsm8k, tool_accuracy: ../bfcl}'
+
+examples:
+  python -m svend evaluate --model models:/svend-tiny-50m@standard
+  python -m svend evaluate --model models:/svend-tiny-50m/3 --benchmarks gsm8k,tool_accuracy
 """
 GROUP_HELP = {
     "scale": "rung of the ladder",
@@ -50,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
                      "data": bench_command.run_data}
             return timed[known.kind](known)
+        if known.command == "evaluate":
+            return _evaluate(known, rest)
         return _run_pipeline(known, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", nargs="?", const="true", metavar="true|false",
         help="trace three steps, and list the ten most expensive parts",
     )
+    evaluate = commands.add_parser(
+        "evaluate", help="measure benchmarks on a registered version",
+        description="Measure benchmarks on a version of the registry, decide the gates that they "
+        "suffice for, and record both with every sample.",
+        epilog=EVALUATE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("--model", required=True, metavar="URI",
+                          help="models:/NAME/VERSION or models:/NAME@ALIAS")
+    evaluate.add_argument("--benchmarks", default="accuracy,tool_accuracy", metavar="NAME,NAME",
+                          help=f"of {', '.join(BENCHMARK_NAMES)}; NAME_sample: 200 at most")
     bench = commands.add_parser("bench", help="time training and tokenising beside their peers",
                                 description="Benchmarks, beside what one would use instead.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -131,6 +158,28 @@ def _config_command(
     return parser
 
 
+def _evaluate(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        overrides = _overrides(rest)
+        names = [name.strip() for name in known.benchmarks.split(",") if name.strip()]
+        print("starting: loading torch and mlflow", flush=True)
+        from svend.pipeline.version_evaluation import evaluate_version
+
+        evaluate_version(known.model, names, overrides)
+    except UserError as error:
+        _end_joined_run(error)
+        raise
+    return 0
+
+
+def _end_joined_run(error: UserError) -> None:
+    """Have the run that `mlflow run` made, if it made one, say why it failed."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        from svend.tracking.run import end_joined_run
+
+        end_joined_run("FAILED", str(error))
+
+
 def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
@@ -146,10 +195,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
         runner = PipelineRunner(config)
     except UserError as error:
-        if "MLFLOW_RUN_ID" in os.environ:
-            from svend.tracking.run import end_joined_run
-
-            end_joined_run("FAILED", str(error))
+        _end_joined_run(error)
         raise
     if known.command == "validate":
         return 0 if runner.validate_infrastructure() else EXIT_USER_ERROR

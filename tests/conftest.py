@@ -30,6 +30,7 @@ DEBUG_OVERRIDES = {
     "training.save_steps": "20",
     "training.quick_gate_steps": "10",
     "training.heldout_sequences": "8",
+    "eval_benchmarks": "[]",
 }
 
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from svend.data.chat import CONTROL_TOKENS
 from svend.data.corpus import KINDS, Corpus, TokenArray, build_corpus
 from svend.data.documents import Document, Role, conversation
-from svend.data.embedded import general_documents, reasoning_documents, tool_use_documents
+from svend.data.embedded import general_documents, reasoning_documents
+from svend.data.tool_dialogues import tool_use_documents
 from svend.data.sources import locate_sources, mix_of
 from svend.data.stream import kind_tokens
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer

@@ -177,6 +177,15 @@ def test_a_fork_gets_a_process_of_its_own(caller: IsolatedCaller) -> None:
     assert _process_id(caller) == ours
 
 
+def test_a_fork_that_closes_its_caller_leaves_ours_alone(caller: IsolatedCaller) -> None:
+    ours = _process_id(caller)
+    fork = multiprocessing.get_context("fork").Process(target=caller.close)
+    fork.start()
+    fork.join(LIMIT_SECONDS)
+    assert fork.exitcode == 0
+    assert _process_id(caller) == ours
+
+
 def test_closing_ends_the_process_and_what_it_started(tmp_path: Path) -> None:
     written = tmp_path / "process_id"
     with IsolatedCaller() as caller:

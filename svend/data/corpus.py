@@ -107,6 +107,15 @@ class SourceCount:
 
 
 @dataclass(frozen=True)
+class EvaluationSet:
+    """Documents that the train part must not share text with; `identity` says which they are."""
+
+    name: str
+    identity: str
+    documents: Sequence[Document]
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The tokenised data of a run."""
 
@@ -117,19 +126,22 @@ class Corpus:
     counts: list[SourceCount]
 
 
-def build_corpus(data: DataConfig, vocab_size: int, seed: int, progress: Progress) -> Corpus:
+def build_corpus(
+    data: DataConfig, vocab_size: int, seed: int, progress: Progress,
+    evaluations: Sequence[EvaluationSet] = (),
+) -> Corpus:
     """Return the tokenised corpus of a recipe, from the cache where it has been made before.
 
     No question of the held-out part occurs in the train part: a source with a held-out split of
     its own loses the train documents that repeat it, or that share `leak_words` words in a row
-    with it or with another evaluation set (counted as leaked); another is divided by a hash of the
-    question. Raises DataError or ConfigError for what cannot be read.
+    with it, with `evaluations` or with another evaluation set (counted as leaked); another is
+    divided by a hash of the question. Raises DataError or ConfigError for what cannot be read.
     """
     located = locate_sources(data, seed)
     cache = Path(data.cache_dir).expanduser()
     try:
         tokenizer = _prepare_tokenizer(cache, data, located, vocab_size, progress)
-        parts = _tokenise_all(cache, data, located, tokenizer, progress)
+        parts = _tokenise_all(cache, data, located, evaluations, tokenizer, progress)
         chosen = select_documents(data, parts, progress)
     except OSError as error:
         raise DataError(
@@ -196,10 +208,10 @@ def _documents(part: SourcePart, data: DataConfig) -> Iterator[Document]:
 
 
 def _tokenise_all(
-    cache: Path, data: DataConfig, located: list[LocatedSource], tokenizer: DocumentTokenizer,
-    progress: Progress,
+    cache: Path, data: DataConfig, located: list[LocatedSource],
+    evaluations: Sequence[EvaluationSet], tokenizer: DocumentTokenizer, progress: Progress,
 ) -> list[PartPair]:
-    leaks = _evaluation_sequences(cache, data, located, progress)
+    leaks = _evaluation_sequences(cache, data, located, evaluations, progress)
     processes = default_processes(data.processes)
     file = str(_tokenizer_file(cache, tokenizer))
 
@@ -223,7 +235,8 @@ def _tokenise_all(
 
 
 def _evaluation_sequences(
-    cache: Path, data: DataConfig, located: list[LocatedSource], progress: Progress
+    cache: Path, data: DataConfig, located: list[LocatedSource],
+    evaluations: Sequence[EvaluationSet], progress: Progress,
 ) -> Path | None:
     """Return a file of the sorted hashes of word sequences in evaluation sets, if there are any."""
     own = [source.heldout for source in located if source.heldout is not None]
@@ -231,9 +244,10 @@ def _evaluation_sequences(
     for file in files:
         if not file.is_file():
             raise DataError(f"data.evaluation_sets {file.absolute()}: no such file")
-    if data.leak_words == 0 or not (own or files):
+    if data.leak_words == 0 or not (own or files or evaluations):
         return None
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    contents += [evaluation.identity for evaluation in evaluations]
     key = _digest([[part.identity for part in own], contents, data.leak_words])
     path = cache / "evaluation" / f"{key}.npy"
     if not path.is_file():
@@ -241,6 +255,7 @@ def _evaluation_sequences(
         progress("reading evaluation sets")
         documents = [document for part in own for document in _documents(part, data)]
         documents += [document for file in files for document in _texts(file)]
+        documents += [document for each in evaluations for document in each.documents]
         hashes = [word_sequences(document, data.leak_words) for document in documents]
         writing = path.with_suffix(f".{os.getpid()}.npy")
         np.save(writing, np.unique(np.concatenate(hashes)))

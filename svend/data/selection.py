@@ -73,4 +73,9 @@ def _without_duplicates(
 
 def heldout_bound(data: DataConfig) -> np.uint64:
     """Questions whose hash is below this are held out, where a source has no split of its own."""
-    return np.uint64(int(data.heldout_fraction * 2**64))
+    return np.uint64(heldout_bound_of(data.heldout_fraction))
+
+
+def heldout_bound_of(fraction: float) -> int:
+    """Return the bound below which so many of all hashes of questions lie."""
+    return int(fraction * 2**64)

@@ -22,6 +22,7 @@ from svend.data.records import (
     stream_hub,
 )
 from svend.data.schemas import find_schema
+from svend.data.tool_dialogues import tool_use_documents
 from svend.errors import ConfigError, DataError
 from svend.pipeline.config import DataConfig, OwnSource
 
@@ -94,7 +95,7 @@ SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
         GeneratedSource("gym_reasoning", Kind.REASONING, embedded.reasoning_documents),
-        GeneratedSource("gym_tool_use", Kind.TOOL_USE, embedded.tool_use_documents),
+        GeneratedSource("gym_tool_use", Kind.TOOL_USE, tool_use_documents),
         GeneratedSource("gym_general", Kind.GENERAL, embedded.general_documents),
         RecordSource("gsm8k", Kind.REASONING, "openai/gsm8k", f"{SCHEMAS}:gsm8k_document",
                      subset="main", heldout_split="test"),

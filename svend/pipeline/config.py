@@ -6,14 +6,17 @@ Neither torch nor mlflow is imported, so that `svend scales` answers at once.
 from __future__ import annotations
 
 from svend.pipeline.groups import CONF_DIR, ModelScale, group_members
-from svend.pipeline.loading import load_config
+from svend.pipeline.loading import load_config, load_saved_config
 from svend.pipeline.options import (
+    BENCHMARK_NAMES,
+    SAMPLE_SUFFIX,
     BrokenRows,
     CheckpointingPolicy,
     Compile,
     DataConfig,
     Device,
     Duplicates,
+    EvaluationConfig,
     Exhausted,
     GatesConfig,
     LongDocuments,
@@ -23,18 +26,19 @@ from svend.pipeline.options import (
     PipelineConfig,
     Precision,
     Schedule,
+    ToolScore,
     TrainingConfig,
     ValidationGate,
     get_model_config,
 )
 
 __all__ = [
-    "CONF_DIR", "BrokenRows", "CheckpointingPolicy", "Compile", "DataConfig", "Device",
-    "Duplicates", "Exhausted", "GatesConfig", "LongDocuments", "LossOn", "ModelConfig",
-    "ModelScale", "OwnSource", "PipelineConfig", "Precision", "Schedule", "TrainingConfig",
-    "ValidationGate",
+    "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
+    "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "GatesConfig",
+    "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "OwnSource", "PipelineConfig",
+    "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
     "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
-    "group_members", "load_config", "print_scale_comparison", "scale_table",
+    "group_members", "load_config", "load_saved_config", "print_scale_comparison", "scale_table",
 ]
 
 

@@ -25,6 +25,7 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
+from svend.pipeline.benchmarking import evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import Compile, ModelConfig, PipelineConfig
 from svend.planning.plan import check_memory
@@ -158,7 +159,11 @@ class InfrastructureChecks:
     def _check_data(self) -> str:
         training, model = self._config.training, self._config.model
         assert model is not None  # set by PipelineConfig.resolve
-        corpus = build_corpus(training.data, model.vocab_size, training.seed, lambda _: None)
+        read_questions(self._config)
+        corpus = build_corpus(
+            training.data, model.vocab_size, training.seed, lambda _: None,
+            evaluation_sets(self._config),
+        )
         self._corpus = corpus
         for part in (corpus.train, corpus.heldout):
             PackedSequences(part, training.data, training.seed)  # each has every kind of the mix

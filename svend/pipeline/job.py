@@ -27,6 +27,7 @@ from svend.device import (
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8
 from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
@@ -73,6 +74,7 @@ class Job:
     tracked: TrackedRun
     folder: RunFolder
     manager: CheckpointManager
+    questions: list[Question]
     started_seconds: float
     logged_step: int = 0
     saved_step: int = 0
@@ -81,6 +83,7 @@ class Job:
     first_loss: float = math.nan
     final_loss: float = math.nan
     start_seconds: float = math.nan
+    full_verdict: ValidationResult | None = None
     spent_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextlib.contextmanager
@@ -103,7 +106,6 @@ def prepare_job(
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs."""
     training, model_config = config.training, planned_model(config, model_factory)
-    assert config.model is not None  # set by PipelineConfig.resolve
     if training.use_wandb:
         folder_of_runs = Path(config.checkpoint_dir).expanduser()
         place = tracked.mirror_to_wandb(training.wandb_project, to_tree(config), folder_of_runs)
@@ -114,13 +116,15 @@ def prepare_job(
     precision = folder.identity.precision if folder else training.precision
     training = replace(training, precision=resolve_precision(precision, device))
     config = replace(config, training=training)
+    assert config.model is not None  # set by PipelineConfig.resolve
     check_precision(training.precision, device)
     if training.float8:
         check_float8(training.precision, device)
     memory = check_memory(model_config, training, device)
+    questions = read_questions(config)
     corpus = build_corpus(
         training.data, config.model.vocab_size, training.seed,
-        lambda text: console.print(f"data: {text}"),
+        lambda text: console.print(f"data: {text}"), evaluation_sets(config),
     )
     if folder is not None:
         folder.check_machine(corpus.fingerprint, device.type)
@@ -154,7 +158,7 @@ def prepare_job(
     manager = _checkpoint_manager(config, folder)
     job = Job(
         config, device, corpus, sequences, heldout, plan, state,
-        _model_name(config, model, model_factory), tracked, folder, manager,
+        _model_name(config, model, model_factory), tracked, folder, manager, questions,
         started_seconds=time.monotonic(),
     )
     if manager.list_checkpoints():

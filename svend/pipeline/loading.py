@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from svend.errors import ConfigError
@@ -41,6 +42,14 @@ def load_config(
         )
     _name_by_sources(config.training.data, chosen["data"])
     return config.resolve()
+
+
+def load_saved_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> PipelineConfig:
+    """Return the resolved config that a run saved, with (dotted key, text) pairs on top."""
+    tree = read_yaml(path)
+    for key, text in overrides:
+        tree = _set(tree, key, text)
+    return build(PipelineConfig, tree).resolve()
 
 
 def _name_by_sources(data: DataConfig, recipe: str) -> None:

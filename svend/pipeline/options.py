@@ -97,6 +97,19 @@ class Duplicates(Enum):
     NEAR = "near"  # also what shares most of its five-word sequences (MinHash)
 
 
+class ToolScore(Enum):
+    """Which score of the benchmark tool_accuracy the gates read under its name."""
+
+    EXECUTION = "execution"  # problems answered right through a valid call
+    STRUCTURE = "structure"  # calls as BFCL accepts them
+
+
+# What eval_benchmarks may name, each also with SAMPLE_SUFFIX behind it.
+BENCHMARK_NAMES = ("accuracy", "tool_accuracy", "gsm8k", "math", "humaneval", "safety_accuracy",
+                   "latency_p99", "perplexity")
+SAMPLE_SUFFIX = "_sample"
+
+
 def _default(key: str) -> Any:
     """A dataclass field whose default is what `conf/` says at `key`."""
 
@@ -389,12 +402,60 @@ class GatesConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """How benchmarks are measured, and for how long."""
+
+    every_steps: int | None = _default("evaluation.every_steps")
+    budget_seconds: float = _default("evaluation.budget_seconds")
+    problems: int | None = _default("evaluation.problems")
+    samples_per_problem: int = _default("evaluation.samples_per_problem")
+    batch_size: int = _default("evaluation.batch_size")
+    max_new_tokens: int | None = _default("evaluation.max_new_tokens")
+    temperature: float = _default("evaluation.temperature")
+    top_k: int | None = _default("evaluation.top_k")
+    top_p: float = _default("evaluation.top_p")
+    seed: int = _default("evaluation.seed")
+    int8: bool = _default("evaluation.int8")
+    paths: dict[str, str] = _default_dict("evaluation.paths")
+    tool_score: ToolScore = _default_enum("evaluation.tool_score", ToolScore)
+    latency_batch: int = _default("evaluation.latency_batch")
+    latency_prompt_tokens: int = _default("evaluation.latency_prompt_tokens")
+    latency_new_tokens: int = _default("evaluation.latency_new_tokens")
+    latency_answers: int = _default("evaluation.latency_answers")
+
+    def check(self) -> None:
+        """Raise ConfigError for a setting that no evaluation can have."""
+        for name in ("samples_per_problem", "batch_size", "latency_batch", "latency_prompt_tokens",
+                     "latency_new_tokens", "latency_answers"):
+            _require(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name),
+                     "1 or more")
+        for name in ("every_steps", "problems", "max_new_tokens", "top_k"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"evaluation.{name}", value, "null, or 1 or more")
+        budget, temperature = self.budget_seconds, self.temperature
+        _require(math.isfinite(budget) and budget > 0, "evaluation.budget_seconds", budget,
+                 "above 0")
+        _require(math.isfinite(temperature) and temperature >= 0, "evaluation.temperature",
+                 temperature, "at least 0")
+        _require(0 < self.top_p <= 1, "evaluation.top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.seed < 2**32, "evaluation.seed", self.seed,
+                 "at least 0 and below 2^32")
+        _require(self.samples_per_problem == 1 or temperature > 0,
+                 "evaluation.samples_per_problem", self.samples_per_problem,
+                 "1 where evaluation.temperature is 0: they would all be the same")
+        for name in self.paths:
+            _require(name in BENCHMARK_NAMES, f"evaluation.paths.{name}", self.paths[name],
+                     f"for one of {', '.join(BENCHMARK_NAMES)}")
+
+
+@dataclass(kw_only=True)
 class PipelineConfig:
     """Everything that decides a run. The resolved form is saved with it."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig | None = None
     gates: GatesConfig = field(default_factory=GatesConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     preset: str = _default("preset")
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")
@@ -420,6 +481,10 @@ class PipelineConfig:
         model.check()
         training.check()
         self.gates.check()
+        self.evaluation.check()
+        for name in self.eval_benchmarks:
+            _require(name.removesuffix(SAMPLE_SUFFIX) in BENCHMARK_NAMES, "eval_benchmarks", name,
+                     f"one of {', '.join(BENCHMARK_NAMES)}")
         of_scale = get_model_config(training.model_scale)
         _require(
             model == of_scale or model.name != of_scale.name,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import pandas as pd
 
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
+from svend.pipeline.benchmarking import Evaluation
 from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.data_report import data_report_html, source_table
+from svend.pipeline.evaluation_report import samples_frame, samples_html
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
@@ -19,6 +22,8 @@ from svend.pipeline.validation import GateLevel, Gates
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
 from svend.tracking.run import TrackedRun, environment_tags, installed_packages
+
+EVALUATION_ARTIFACTS = "evaluation"
 
 
 def record_inputs(
@@ -77,6 +82,8 @@ def record_inputs(
             "plan/peak_memory_gb": plan.memory.total / 1e9,
             "plan/seconds": plan.seconds,
             "plan/matmul_peak_flops_per_second": plan.peak_flops,
+            **{f"data/leaked_documents/{count.source}": count.leaked_documents
+               for count in corpus.counts},
         },
         0,
     )
@@ -100,6 +107,22 @@ def record_verdicts(tracked: TrackedRun, folder: RunFolder) -> None:
     rows = folder.read_verdicts()
     tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
     tracked.log_text(verdicts_html(rows), "verdicts.html")
+
+
+def record_evaluation(tracked: TrackedRun, evaluation: Evaluation, step: int) -> None:
+    """Log what benchmarks measured, with its bounds, and every sample as table and page."""
+    metrics: dict[str, float] = {"eval/seconds": evaluation.seconds}
+    for metric, measured in evaluation.measurements.items():
+        metrics[f"eval/{metric}"] = measured.value
+        if measured.interval is not None and all(map(math.isfinite, measured.interval)):
+            metrics[f"eval/{metric}/low_95"], metrics[f"eval/{metric}/high_95"] = measured.interval
+        if measured.sample_size is not None:
+            metrics[f"eval/{metric}/n"] = measured.sample_size
+    tracked.log_metrics(metrics, step)
+    for result in evaluation.results:
+        place = f"{EVALUATION_ARTIFACTS}/step_{step:08d}/{result.benchmark.name}"
+        tracked.log_table(samples_frame(result), f"{place}.json")
+        tracked.log_text(samples_html(result), f"{place}.html")
 
 
 def passed_levels(gates: Gates, rows: list[dict[str, Any]]) -> list[str]:
@@ -149,7 +172,7 @@ def register_version(
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
         "svend.step": str(checkpoint.step),
         "svend.stage": aliases[-1] if aliases else "none",
-        **{f"gate.{row['level']}.{row['gate']}": _verdict_text(row) for row in rows},
+        **verdict_tags(rows),
     }
     return register_checkpoint(
         model_name,
@@ -169,7 +192,12 @@ def register_version(
     )
 
 
+def verdict_tags(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return gate decisions as a version's tags."""
+    return {f"gate.{row['level']}.{row['gate']}": _verdict_text(row) for row in rows}
+
+
 def _verdict_text(row: dict[str, Any]) -> str:
     value = "not measured" if row["value"] is None else f"{row['metric']} = {row['value']:.6g}"
-    verdict = "passed" if row["passed"] else "failed"
+    verdict = {"pass": "passed", "fail": "failed"}.get(row["decision"], row["decision"])
     return f"{verdict}: {value}, must be {row['comparison']} {row['threshold']:g}"

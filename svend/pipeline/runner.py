@@ -19,9 +19,12 @@ from svend.device import (
 )
 from svend.errors import ConfigError, GateFailure, Interrupted, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import evaluate_model
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.drive_copier import mount_google_drive
+from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import (
@@ -32,7 +35,13 @@ from svend.pipeline.job import (
     planned_model,
     prepare_job,
 )
-from svend.pipeline.record import passed_levels, record_verdicts, register_version, undecided
+from svend.pipeline.record import (
+    passed_levels,
+    record_evaluation,
+    record_verdicts,
+    register_version,
+    undecided,
+)
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
@@ -76,6 +85,8 @@ class PipelineResult:
 
 
 logger = logging.getLogger(__name__)
+# The levels that are about training itself.
+STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 
 
 class PipelineRunner:
@@ -156,7 +167,7 @@ class PipelineRunner:
                 show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
                           describe_device(job.device))
                 self._train(job, signals)
-                registered = self._finish(job)
+                registered = self._finish(job, signals)
                 if gate_full:
                     self._gate_full(job)
             except UserError as error:
@@ -246,7 +257,7 @@ class PipelineRunner:
                 if loss is not None and (quick or not math.isfinite(loss)):
                     self._gate_quick(job, loss)
                 if save:
-                    self._evaluate_and_save(job, metrics)
+                    self._evaluate_and_save(job, metrics, signals)
                 if last or (job.saving is not None and job.saving.done):
                     self._settle(job)
                 if signals.requested and not last:
@@ -347,8 +358,12 @@ class PipelineRunner:
         )
         return measured
 
-    def _evaluate_and_save(self, job: Job, metrics: StepMetrics) -> None:
-        """Measure the weights, decide on them, and begin to save them."""
+    def _evaluate_and_save(self, job: Job, metrics: StepMetrics, signals: StopSignals) -> None:
+        """Measure the weights, decide on them, and begin to save them.
+
+        Benchmarks are measured at the first checkpoint after each `evaluation.every_steps`; those
+        of the end come when it is known which checkpoint is the best.
+        """
         self._settle(job)
         measured = self._evaluate(job)
         norm = float(metrics.gradient_norm)
@@ -356,9 +371,44 @@ class PipelineRunner:
             norm = job.last_finite_norm  # fp16 scaling skipped the step, as it should
         values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
         verdicts = self._decide(job, measured, norm)
+        every, step = job.config.evaluation.every_steps, job.state.step
+        if every and step < job.plan.total_steps and step // every > job.saved_step // every:
+            verdicts += self._evaluate_benchmarks(job, signals)
         self._save(job, values, verdicts)
-        if not all(verdict.passed for verdict in verdicts):
+        if not all(verdict.passed for verdict in verdicts if verdict.level in STOPPING):
             self._settle(job)
+
+    def _evaluate_benchmarks(self, job: Job, signals: StopSignals) -> tuple[ValidationResult, ...]:
+        """Measure the benchmarks on the weights as they are, and decide what they are enough for.
+
+        That is FULL, and PRODUCTION where each of its metrics was measured.
+        """
+        model, step = job.state.model, job.state.step
+        if not job.config.eval_benchmarks:
+            return ()
+        if not isinstance(model, ReasoningTransformer):
+            self._console.print(
+                f"benchmarks: not measured; {type(model).__name__} is no ReasoningTransformer"
+            )
+            return ()
+        heldout = self._evaluate(job)
+        with job.spending("evaluating"), AnswerProgress(self._console) as progress:
+            evaluation = evaluate_model(
+                job.config, model, job.corpus.tokenizer, job.questions, lambda: heldout,
+                progress.advance, lambda: signals.requested is not None,
+            )
+        record_evaluation(job.tracked, evaluation, step)
+        self._console.print(measurement_table(evaluation.results, evaluation.measurements))
+        measurements = {**heldout.measurements(), **evaluation.measurements}
+        levels = [GateLevel.FULL]
+        if all(gate.metric_name in measurements
+               for gate in self.validator.gates[GateLevel.PRODUCTION] if gate.required):
+            levels.append(GateLevel.PRODUCTION)
+        verdicts = tuple(
+            self.validator.decide(level, measurements, Evidence(step)) for level in levels
+        )
+        job.full_verdict = verdicts[0]
+        return verdicts
 
     def _decide(
         self, job: Job, measured: HeldoutLoss, gradient_norm: float
@@ -434,7 +484,11 @@ class PipelineRunner:
         job.saving = Saving(begun, state.step, verdicts)
 
     def _record(self, job: Job, *verdicts: ValidationResult) -> None:
-        """Keep verdicts in the run folder and in MLflow; under strict, stop if one failed."""
+        """Keep verdicts in the run folder and in MLflow.
+
+        Under strict, a failure of QUICK or STANDARD stops the run; FULL and PRODUCTION decide what
+        comes after it.
+        """
         job.folder.append_verdict([row for verdict in verdicts for row in verdict.rows()])
         for verdict in verdicts:
             logger.debug("%s", verdict.summary())
@@ -449,6 +503,9 @@ class PipelineRunner:
             if verdict.passed:
                 continue
             failures = "; ".join(verdict.failures)
+            if verdict.level not in STOPPING:
+                self._console.print(f"{verdict.level.value}: not passed: {failures}")
+                continue
             line = f"{verdict.level.name} gate failed at step {verdict.evidence.step}: {failures}"
             if self.validator.strict:
                 self._settle(job)
@@ -487,17 +544,27 @@ class PipelineRunner:
             if self.validator.strict:
                 raise GateFailure(line)
             self._console.print(f"warning: {line}")
-        training = job.config.training
-        verdict = self.validator.validate_full(
-            job.state.model, job.heldout.first(training.heldout_sequences), step=job.state.step
-        )
-        checkpoint = job.manager.list_checkpoints()[-1]
-        self._record(job, replace(verdict, evidence=Evidence(
-            job.state.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-        )))
+        verdict = job.full_verdict
+        if verdict is None:  # no benchmark was asked for
+            verdict = self.validator.decide(GateLevel.FULL, {}, Evidence(job.state.step))
+            best = job.manager.best()
+            assert best is not None  # STANDARD passed, so that its loss is finite
+            self._record_on(job, best, (verdict,))
+        if not verdict.passed:
+            failures = "; ".join(verdict.failures)
+            line = f"FULL gate failed at step {verdict.evidence.step}: {failures}"
+            if self.validator.strict:
+                raise GateFailure(line)
+            self._console.print(f"warning: {line}")
 
-    def _finish(self, job: Job) -> RegisteredVersion | None:
-        """Register the best checkpoint with the levels that it passed, and report."""
+    def _finish(self, job: Job, signals: StopSignals) -> RegisteredVersion | None:
+        """Evaluate the best checkpoint, register it with the levels that it passed, and report."""
+        best = job.manager.best()
+        if best is not None:
+            if best.step != job.state.step:
+                job.manager.load(best, job.state.model)
+                self._console.print(f"benchmarks: on {best.checkpoint_id}, the best")
+            self._record_on(job, best, self._evaluate_benchmarks(job, signals))
         record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9
         measured_seconds = time.monotonic() - job.started_seconds
@@ -511,7 +578,6 @@ class PipelineRunner:
             },
             job.state.step,
         )
-        best = job.manager.best()
         registered = None
         if best is not None:
             rows = job.folder.read_verdicts(best.weights_sha256)
@@ -520,13 +586,11 @@ class PipelineRunner:
                 self.validator.gates, rows,
             )
             self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
-        for level in (GateLevel.FULL, GateLevel.PRODUCTION):
-            gates = getattr(job.config.gates, level.value)
-            needed = ", ".join(gate.metric_name for gate in gates)
-            self._console.print(f"{level.value}: not decided; needs {needed}, not measured here")
-        if job.config.eval_benchmarks:
-            asked = ", ".join(job.config.eval_benchmarks)
-            self._console.print(f"eval_benchmarks {asked}: not measured; no benchmark exists yet")
+            decided = {row["level"] for row in rows}
+            for level in (GateLevel.FULL, GateLevel.PRODUCTION):
+                needed = ", ".join(gate.metric_name for gate in self.validator.gates[level])
+                if level.value not in decided:
+                    self._console.print(f"{level.value}: not decided; needs {needed}")
         show_measured(
             self._console, job.plan, measured_gb, measured_seconds, job.start_seconds,
             job.spent_seconds,

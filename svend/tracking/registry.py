@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
+from svend.errors import TrackingError
+
+VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
 
 @dataclass(frozen=True)
 class RegisteredVersion:
@@ -24,6 +29,70 @@ class RegisteredVersion:
     version: str
     aliases: list[str]
     linked: bool
+
+
+@dataclass(frozen=True)
+class OpenedVersion:
+    """A version of the registry with its files in a folder of this machine."""
+
+    name: str
+    version: str
+    run_id: str | None
+    experiment: str
+    tags: dict[str, str]
+    folder: Path
+
+
+def open_version(uri: str) -> OpenedVersion:
+    """Return the version that `models:/name/3` or `models:/name@alias` stands for.
+
+    Files in a local store are used where they lie, others are fetched. Raises TrackingError, in
+    one line, for an address of another form, or one that leads nowhere.
+    """
+    parsed = VERSION_URI.fullmatch(uri)
+    if parsed is None:
+        raise TrackingError(
+            f"model {uri}: is no version of the registry; give models:/NAME/VERSION or "
+            "models:/NAME@ALIAS"
+        )
+    name, alias = parsed["name"], parsed["alias"]
+    client = MlflowClient()
+    try:
+        found = (
+            client.get_model_version_by_alias(name, alias) if alias
+            else client.get_model_version(name, parsed["version"])
+        )
+        experiment_id = client.get_run(str(found.run_id)).info.experiment_id
+        experiment = str(client.get_experiment(experiment_id).name)
+        location = client.get_model_version_download_uri(name, str(found.version))
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+    except (MlflowException, OSError) as error:
+        known = _known_versions(client, name)
+        raise TrackingError(
+            f"model {uri}: {str(error).splitlines()[0][:200]}; {known} in "
+            f"{mlflow.get_tracking_uri()}"
+        ) from error
+    return OpenedVersion(
+        name, str(found.version), found.run_id, experiment, dict(found.tags), folder
+    )
+
+
+def tag_version(name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    client = MlflowClient()
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+
+
+def _known_versions(client: MlflowClient, name: str) -> str:
+    """Say what of a model the registry has, for someone who asked for what it has not."""
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException:
+        names = sorted(str(model.name) for model in client.search_registered_models())
+        return f"there are the models {', '.join(names)}" if names else "there is no model"
+    aliases = ", ".join(f"@{alias} = {version}" for alias, version in model.aliases.items())
+    return f"{name} has the aliases {aliases}" if aliases else f"{name} has no alias"
 
 
 def register_checkpoint(

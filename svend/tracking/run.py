@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -141,6 +142,10 @@ class TrackedRun:
 
     def log_text(self, text: str, artifact: str) -> None:
         self._client.log_text(self.run_id, text, artifact)
+
+    def log_table(self, table: pd.DataFrame, artifact: str) -> None:
+        """Log a table as an artifact that MLflow's evaluation view shows and compares."""
+        self._client.log_table(self.run_id, table, artifact)
 
     def log_artifacts(self, folder: Path, artifact_folder: str) -> None:
         """Copy a folder's files to the run."""

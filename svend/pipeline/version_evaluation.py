@@ -1,0 +1,166 @@
+"""Benchmarks on a version of the registry: opened, checked, measured, and put on record."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from svend.data.corpus import build_corpus
+from svend.data.records import file_digest
+from svend.data.stream import PackedSequences
+from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
+from svend.device import check_precision, resolve_device, resolve_precision
+from svend.errors import CheckpointError
+from svend.evaluation.harness import check_tokenizer
+from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.evaluation.measurement import Measurement
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
+from svend.pipeline.checkpoint_files import MODEL, read_state
+from svend.pipeline.config import PipelineConfig, load_saved_config
+from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
+from svend.pipeline.record import EVALUATION_ARTIFACTS, record_evaluation, verdict_tags
+from svend.pipeline.report import make_console, verdict_table, verdicts_html
+from svend.pipeline.run_folder import CONFIG_FILE
+from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
+from svend.tracking.registry import OpenedVersion, open_version, tag_version
+from svend.tracking.run import TrackedRun, environment_tags
+
+TOKENIZER = "tokenizer.json"
+
+
+def evaluate_version(
+    model_uri: str, benchmarks: Sequence[str], overrides: Sequence[tuple[str, str]]
+) -> None:
+    """Measure benchmarks on a version, in a run of its own, and decide the levels they suffice for.
+
+    The settings are those that the version was trained with, then `overrides`. The verdicts
+    become tags of the version; no alias moves. Raises UserError, in one line, for what is missing
+    or does not fit.
+    """
+    console = make_console()
+    version = open_version(model_uri)
+    asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")
+    config = load_saved_config(version.folder / CONFIG_FILE, [asked, *overrides])
+    device = resolve_device(config.training.device)
+    precision = resolve_precision(config.training.precision, device)
+    check_precision(precision, device)
+    config = replace(config, training=replace(config.training, precision=precision))
+    questions = read_questions(config)
+    model, sha256 = _load_model(version, config, device)
+    tokenizer = load_tokenizer(str(version.folder / TOKENIZER), 2**32)
+    check_tokenizer(model, tokenizer)
+    step = int(version.tags.get("svend.step", "0"))
+    tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
+    status = "FAILED"
+    try:
+        tracked.set_tags({
+            **environment_tags(),
+            "svend.model": f"models:/{version.name}/{version.version}",
+            "svend.checkpoint_sha256": sha256,
+            **({"mlflow.parentRunId": version.run_id} if version.run_id else {}),
+        })
+        with AnswerProgress(console) as progress:
+            evaluation = evaluate_model(
+                config, model, tokenizer, questions,
+                lambda: _measure_heldout(config, model, tokenizer, device, console),
+                progress.advance,
+            )
+        record_evaluation(tracked, evaluation, step)
+        _decide(config, version, evaluation, Evidence(step, sha256, None, tracked.run_id),
+                tracked, console)
+        status = "FINISHED"
+    finally:
+        tracked.end(status, None)
+
+
+def _load_model(
+    version: OpenedVersion, config: PipelineConfig, device: torch.device
+) -> tuple[ReasoningTransformer, str]:
+    """Return the version's model, and the hash of its weights, which must be the recorded one."""
+    path = version.folder / MODEL
+    where = f"model models:/{version.name}/{version.version}"
+    if not path.is_file():
+        raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
+    sha256 = file_digest(path)
+    recorded = version.tags.get("svend.checkpoint_sha256")
+    if sha256 != recorded:
+        raise CheckpointError(
+            f"{where}: {path} has the hash {sha256[:12]}, recorded is {(recorded or 'none')[:12]}; "
+            "it is not what was registered"
+        )
+    assert config.model is not None  # set by PipelineConfig.resolve
+    with torch.device("meta"):
+        model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
+    try:
+        model.load_state_dict(read_state(path), assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{where}: its weights do not fit the architecture in its {CONFIG_FILE} "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from None
+    return model.to(device).eval(), sha256
+
+
+def _measure_heldout(
+    config: PipelineConfig, model: ReasoningTransformer, tokenizer: DocumentTokenizer,
+    device: torch.device, console: Console,
+) -> HeldoutLoss:
+    """Measure the loss on the held-out part of the config's data, by the version's tokenizer."""
+    training = config.training
+    data = training.data
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        own = replace(data, tokenizer=str(Path(folder) / TOKENIZER))
+        corpus = build_corpus(
+            own, model.config.vocab_size, training.seed,
+            lambda text: console.print(f"data: {text}"),
+        )
+        sequences = PackedSequences(corpus.heldout, own, training.seed)
+        batches = sequences.first(training.heldout_sequences)
+        return measure_heldout_loss(model, batches, training.precision, device)
+
+
+def _decide(
+    config: PipelineConfig, version: OpenedVersion, evaluation: Evaluation, evidence: Evidence,
+    tracked: TrackedRun, console: Console,
+) -> None:
+    """Decide FULL and PRODUCTION where each of their metrics was measured; record the verdicts."""
+    validator = PipelineValidator(
+        config.strict_validation, gates=config.gates, thresholds=config.training.validation_gates
+    )
+    rows = []
+    for level in (GateLevel.FULL, GateLevel.PRODUCTION):
+        required = [gate.metric_name for gate in validator.gates[level] if gate.required]
+        missing = [metric for metric in required if metric not in evaluation.measurements]
+        if missing:
+            console.print(f"{level.value}: not decided; needs {', '.join(missing)} too")
+        else:
+            rows += validator.decide(level, evaluation.measurements, evidence).rows()
+    console.print(measurement_table(evaluation.results, evaluation.measurements))
+    if rows:
+        tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
+        tracked.log_text(verdicts_html(rows), "verdicts.html")
+        console.print(verdict_table(rows, f"Verdicts on {version.name} version {version.version}"))
+    measured = {f"eval.{metric}": _figure(m) for metric, m in evaluation.measurements.items()}
+    tag_version(version.name, version.version, {
+        **verdict_tags(rows), **measured, "svend.evaluation_run_id": tracked.run_id,
+    })
+    console.print(
+        f"recorded in run {tracked.run_id} (artifacts under {EVALUATION_ARTIFACTS}/) and in the "
+        f"tags of {version.name} version {version.version}; no alias was moved", soft_wrap=True,
+    )
+
+
+def _figure(measured: Measurement) -> str:
+    text = f"{measured.value:.6g}"
+    if measured.interval is not None:
+        text += f" [{measured.interval[0]:.6g}, {measured.interval[1]:.6g}]"
+    return text if measured.sample_size is None else f"{text}, n = {measured.sample_size}"
