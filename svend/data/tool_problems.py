@@ -88,15 +88,22 @@ def _formula(carbon: int, hydrogen: int, oxygen: int) -> str:
     return "".join(f"{symbol}{count if count > 1 else ''}" for symbol, count in parts if count)
 
 
-def _draw_compound(rng: random.Random, largest: int) -> str:
-    """Draw a compound of carbon, hydrogen and perhaps oxygen, with an even number of hydrogens."""
+def _draw_fuel(rng: random.Random, largest: int) -> str:
+    """Draw a compound of carbon, hydrogen and perhaps oxygen, that takes oxygen to burn."""
     carbon = rng.randint(1, largest)
-    return _formula(carbon, 2 * rng.randint(1, carbon + 1), rng.randint(0, max(1, largest // 3)))
+    return _formula(carbon, 2 * rng.randint(1, carbon + 1), rng.randint(0, carbon))
 
 
-def _molar_mass(largest: int) -> Draw:
+ELEMENTS = ("H", "C", "N", "O", "F", "Na", "Mg", "Al", "Si", "P", "S", "Cl", "K", "Ca", "Fe", "Cu",
+            "Zn", "Br", "Ag", "I")
+
+
+def _molar_mass(elements: int) -> Draw:
     def draw(rng: random.Random) -> Drawn:
-        formula = _draw_compound(rng, largest)
+        symbols = rng.sample(ELEMENTS, elements)
+        counts = [rng.randint(1, 9) for _ in symbols]
+        formula = "".join(f"{symbol}{count if count > 1 else ''}"
+                          for symbol, count in zip(symbols, counts, strict=True))
         wordings = ("What is the molar mass of {formula}?", "Find the molar mass of {formula}.",
                     "How many grams does one mole of {formula} have?")
         return "molar_mass", {"formula": formula}, wordings, {"formula": formula}
@@ -105,7 +112,7 @@ def _molar_mass(largest: int) -> Draw:
 
 
 def _combustion(rng: random.Random, largest: int) -> tuple[str, str]:
-    fuel = _draw_compound(rng, largest)
+    fuel = _draw_fuel(rng, largest)
     return fuel, f"{fuel} + O2 -> CO2 + H2O"
 
 
@@ -155,9 +162,9 @@ def _conversion(low: int, high: int, digits: int) -> Draw:
 
 
 DRAWN_TASKS: dict[str, dict[str, Draw]] = {
-    "molar_mass": dict(zip(LEVELS, map(_molar_mass, (9, 20, 60)), strict=True)),
-    "balancing": dict(zip(LEVELS, map(_balance, (9, 20, 60)), strict=True)),
-    "stoichiometry": dict(zip(LEVELS, map(_stoichiometry, (9, 20, 60)), strict=True)),
+    "molar_mass": dict(zip(LEVELS, map(_molar_mass, (2, 3, 4)), strict=True)),
+    "balancing": dict(zip(LEVELS, map(_balance, (12, 30, 90)), strict=True)),
+    "stoichiometry": dict(zip(LEVELS, map(_stoichiometry, (12, 30, 90)), strict=True)),
     "conversion": {
         "easy": _conversion(2, 99, 0), "medium": _conversion(100, 9999, 0),
         "hard": _conversion(100, 9999, 2),

@@ -31,6 +31,8 @@ from svend.tools.toolbox import InvalidCall, Toolbox, is_error
 DEFAULT_PROBLEMS = 500
 MARK = "####"
 NO_MARK = f"no {MARK} before an answer"
+# A task is taken to have no more questions after so many draws, times what is held out.
+DRAWS_FOR_ONE = 50
 # The library gives less than 1 for an answer that is only nearly right.
 RIGHT = 0.999
 
@@ -132,19 +134,33 @@ def _dataset(task: str) -> Any:
 
 
 def _heldout(problems: Iterator[P], source: ProblemSource) -> Iterator[P]:
-    """Leave out what a training run may have seen, and what was there before."""
+    """Leave out what a training run may have seen, and what was there before.
+
+    The stream ends where a task has hardly another question.
+    """
     bound = heldout_bound_of(source.heldout_fraction)
-    seen = set()
+    patience = int(DRAWS_FOR_ONE / source.heldout_fraction)
+    seen: set[int] = set()
+    in_vain = 0
     for problem in problems:
         digest = Document((Message(Role.USER, problem.question),)).question_digest
         if digest < bound and digest not in seen:
             seen.add(digest)
+            in_vain = 0
             yield problem
+        elif (in_vain := in_vain + 1) > patience:
+            return
 
 
 def _in_turn(streams: list[Iterator[P]]) -> Iterator[P]:
-    for stream in itertools.cycle(streams):
-        yield next(stream)
+    """Yield from each stream in turn, as long as it goes on."""
+    while streams:
+        for stream in list(streams):
+            problem = next(stream, None)
+            if problem is None:
+                streams.remove(stream)
+            else:
+                yield problem
 
 
 ACCURACY = Benchmark(
