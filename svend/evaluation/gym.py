@@ -43,8 +43,9 @@ _toolbox = Toolbox()
 
 def read_reasoning(source: ProblemSource) -> list[Problem]:
     """Return held-out reasoning problems, each task and level in turn."""
+    seen: set[int] = set()
     streams = [
-        _heldout(gym_problems(task, level, source.seed), source)
+        _heldout(gym_problems(task, level, source.seed), source, seen)
         for level in LEVELS for task in REASONING_TASKS
     ]
     chosen = itertools.islice(_in_turn(streams), source.limit or DEFAULT_PROBLEMS)
@@ -59,8 +60,9 @@ def read_reasoning(source: ProblemSource) -> list[Problem]:
 
 def read_tool_use(source: ProblemSource) -> list[Problem]:
     """Return held-out problems that a tool solves, each task and level in turn."""
+    seen: set[int] = set()
     streams = [
-        _heldout(tool_problems(task, level, source.seed), source)
+        _heldout(tool_problems(task, level, source.seed), source, seen)
         for level in LEVELS for task in TOOL_TASKS
     ]
     chosen = itertools.islice(_in_turn(streams), source.limit or DEFAULT_PROBLEMS)
@@ -133,14 +135,13 @@ def _dataset(task: str) -> Any:
     return reasoning_gym.create_dataset(task, size=1, seed=0)
 
 
-def _heldout(problems: Iterator[P], source: ProblemSource) -> Iterator[P]:
-    """Leave out what a training run may have seen, and what was there before.
+def _heldout(problems: Iterator[P], source: ProblemSource, seen: set[int]) -> Iterator[P]:
+    """Leave out what a training run may have seen, and what is in `seen` already.
 
     The stream ends where a task has hardly another question.
     """
     bound = heldout_bound_of(source.heldout_fraction)
     patience = int(DRAWS_FOR_ONE / source.heldout_fraction)
-    seen: set[int] = set()
     in_vain = 0
     for problem in problems:
         digest = Document((Message(Role.USER, problem.question),)).question_digest
