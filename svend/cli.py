@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rest:
                 raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
             timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
-                     "data": bench_command.run_data}
+                     "data": bench_command.run_data,
+                     "generate": bench_command.run_generate}
             return timed[known.kind](known)
         if known.command == "evaluate":
             return _evaluate(known, rest)
@@ -132,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_data_options(kinds.add_parser(
         "data", help="tokenising, beside datasets.map",
         description="Time tokenising a file made on the spot, beside datasets.map.",
+        allow_abbrev=False,
+    ))
+    bench_command.add_generate_options(kinds.add_parser(
+        "generate", help="decoding, beside Hugging Face's generate",
+        description="Time decoding beside Hugging Face's generate with the same weights.",
         allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
@@ -23,11 +24,12 @@ from svend.data.stream import (
     next_token_labels,
 )
 from svend.device import DTYPES
+from svend.errors import ConfigError
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
-from svend.pipeline.config import DataConfig, Precision, Schedule, TrainingConfig
+from svend.pipeline.config import DataConfig, Optimizer, Precision, Schedule, TrainingConfig
 from svend.training.clipping import clip_gradients
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.optimizers import build_optimizer
@@ -248,11 +250,45 @@ def test_steps_equal_a_reference_written_out_in_plain_torch(max_grad_norm: float
             )
 
 
+def test_muon_moves_the_blocks_matrices_as_torchs_does_and_adamw_the_rest() -> None:
+    training = make_training(optimizer=Optimizer.MUON, weight_decay=0.1)
+    ours, reference = make_model(), make_model()
+    optimizer = build_optimizer(ours, training)
+    matrices = [p for n, p in reference.named_parameters() if "blocks" in n and p.dim() == 2]
+    rest = [p for n, p in reference.named_parameters() if "blocks" not in n or p.dim() == 1]
+    assert len(matrices) == 14
+    expected = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([
+            {"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+        ], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True),
+    ]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        optimizer.step()
+        for each in expected:
+            each.step()
+    for (name, mine), theirs in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_muon_is_refused_for_a_model_without_blocks() -> None:
+    with pytest.raises(ConfigError, match=r"^training\.optimizer = muon: "):
+        build_optimizer(nn.Linear(4, 4), make_training(optimizer=Optimizer.MUON))
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
 @pytest.mark.parametrize("precision", DTYPES)
 def test_a_run_stopped_saved_and_loaded_goes_on_bit_for_bit(
-    precision: Precision, tmp_path: Path
+    precision: Precision, optimizer: Optimizer, tmp_path: Path
 ) -> None:
-    training = make_training(precision=precision, gradient_accumulation_steps=2)
+    training = make_training(
+        precision=precision, optimizer=optimizer, gradient_accumulation_steps=2
+    )
     torch.manual_seed(5)
     whole = make_state(training, 7, dropout=0.1)
     expected = list(train_steps(whole, training, 7))

@@ -62,6 +62,56 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="PATH", help="write all figures there")
 
 
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench generate`."""
+    parser.add_argument("--scale", default="tiny", metavar="NAME",
+                        help="the model, with weights drawn at random (default: tiny)")
+    parser.add_argument("--model", metavar="URI",
+                        help="a version of the registry instead, on whose held-out text the loss "
+                             "of accuracy by int8 is measured")
+    parser.add_argument("--prompts", type=int, default=256, help="ragged ones (default: 256)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--peers", nargs="+", default=["hf bf16", "hf fp32"], metavar="NAME",
+                        help="of 'hf bf16' 'hf fp32' (default: both)")
+    parser.add_argument("--json", metavar="PATH", help="write all figures there")
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """Time decoding beside Hugging Face's; print a table for each workload."""
+    if min(options.prompts, options.rounds) < 1:
+        raise UserError("bench: --prompts and --rounds must be at least 1")
+    unknown = [name for name in options.peers if name not in ("hf bf16", "hf fp32")]
+    if unknown:
+        raise UserError(f"bench: unknown peer '{unknown[0]}'; known: 'hf bf16' and 'hf fp32'")
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("bench: transformers is not installed; pip install -e '.[bench]'")
+    scale = _scale(options.scale)
+    from rich.console import Console
+
+    from svend.bench.generate import (
+        compare,
+        comparison_table,
+        describe_quantization,
+        load_model,
+        make_workloads,
+        to_json,
+    )
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    console = Console()
+    model, texts = load_model(scale, options.model, report)
+    console.print(describe_quantization(model, texts))
+    workloads = make_workloads(model.config.vocab_size, options.prompts)
+    comparisons = compare(model, workloads, options.peers, options.rounds, report)
+    for comparison in comparisons:
+        console.print(comparison_table(comparison))
+    if options.json:
+        Path(options.json).write_text(to_json(comparisons) + "\n", encoding="utf-8")
+    return 0
+
+
 def run_data(options: argparse.Namespace) -> int:
     """Time tokenising beside `datasets.map`; print a table."""
     if min(options.megabytes, options.processes, options.rounds) < 1:

@@ -11,7 +11,7 @@ from svend.data.tool_problems import TOOL_TASKS, ToolProblem, tool_problems
 from svend.tools.toolbox import TOOLS, Toolbox
 
 # Tools that a question comes with, the right one among them.
-MOST_OFFERED = 3
+MOST_OFFERED = 2
 # Of a hundred dialogues, so many begin with words, or with a call that fails and is mended.
 WITH_WORDS, WITH_MISTAKE = 6, 4
 OPENINGS = ("Let me work it out.", "I will use a tool.", "One call is enough.")

@@ -143,7 +143,7 @@ def _download() -> Path:
             REPOSITORY, repo_type="dataset", revision=commit, allow_patterns=patterns
         ))
     except DataError as error:
-        raise local_copy_wanted(error, "bfcl") from error
+        raise local_copy_wanted(error, "tool_accuracy") from error
     except Exception as error:
         raise DataError(
             f"{REPOSITORY}: the hub cannot be read ({type(error).__name__}); give bfcl a local "

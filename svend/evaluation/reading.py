@@ -33,6 +33,7 @@ class DatasetPlace:
 
     name: of the benchmark, and of its folder within one that holds several. stems: the names, less
     the suffix, that its file may have in a folder. repository, subset, split: its place on the hub.
+    asked_as: the name under which a run asks for it, where that is another.
     """
 
     name: str
@@ -40,6 +41,7 @@ class DatasetPlace:
     repository: str
     subset: str | None = None
     split: str = "test"
+    asked_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,12 @@ def choose(
 
 
 def local_copy_wanted(error: DataError, name: str) -> DataError:
-    """Return the hub's error with what a benchmark's user can do about it."""
+    """Return the hub's error with what a benchmark's user can do about it.
+
+    name: the one under which a run asks for it.
+    """
     reason = str(error).rpartition("; ")[0]
-    return DataError(f"{reason}; give {name} a local file or folder in the hub's schema")
+    return DataError(f"{reason}; give a local copy with evaluation.paths='{{{name}: PATH}}'")
 
 
 def _hub_chunks(dataset: DatasetPlace) -> Iterator[Chunk]:
@@ -153,7 +158,7 @@ def _hub_chunks(dataset: DatasetPlace) -> Iterator[Chunk]:
             dataset.repository, dataset.subset, dataset.split, commit, sys.maxsize
         )
     except DataError as error:
-        raise local_copy_wanted(error, dataset.name) from error
+        raise local_copy_wanted(error, dataset.asked_as or dataset.name) from error
 
 
 def _record(chunk: Chunk, index: int) -> PlacedRecord:

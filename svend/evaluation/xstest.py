@@ -14,7 +14,8 @@ from svend.evaluation.measurement import Measurement, mean_of_proportions, propo
 from svend.evaluation.reading import DatasetPlace, choose, read_records
 from svend.evaluation.refusal import Conduct, judge, judge_error_rate
 
-DATASET = DatasetPlace("xstest", ("test", "xstest_prompts", "xstest"), "walledai/XSTest")
+DATASET = DatasetPlace("xstest", ("test", "xstest_prompts", "xstest"), "walledai/XSTest",
+                       asked_as="safety_accuracy")
 METRIC = "safety_accuracy"
 JUDGE_METRIC = "safety_judge_error"
 # The labels, what they ask for, and what the share of answers that do it is called.

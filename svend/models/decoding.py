@@ -1,213 +1,204 @@
-"""The transformer's forward pass with a key/value cache, from weights laid out for it once.
+"""The model as decoding runs it: weights converted once, a cache, and a step for all rows.
 
-Shape suffixes: N rows, one token each; L lanes; D hidden, H query heads, K key/value heads, G query
-heads per key/value head, S head size, F feed-forward width, O a product's outputs, I its inputs,
-C cached positions, V vocabulary.
+It computes what `ReasoningTransformer` does, in fp32 but for the products, each of which rounds as
+its weights' form does (`products.py`).
+
+Shape suffixes: R rows (positions of one prompt, or one of each row), D hidden, H query heads,
+K key/value heads, S head size, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svend.device import DTYPES, multiplies_in_bf16
+from svend.device import DTYPES, resolve_precision
+from svend.models.kv_cache import KeyValueCache
+from svend.models.products import Product, make_product, steady_rows
 from svend.models.transformer import Block, ReasoningTransformer, rotary_tables, rotate
 from svend.pipeline.config import Precision
 
-# Lengths of the cache that attention reads are rounded up to this.
-LENGTH_STEP = 64
-INT8_LARGEST = 127.0
+# Takes queries, keys and values of a layer, (rows, heads, head size); stores and attends.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Row counts above this are rounded up to a multiple of it: few sizes to try and to compile.
+ROW_STEP = 4
 
-# A linear layer's product with rows of inputs, (N, inputs) to (N, outputs).
-Product = Callable[[Tensor], Tensor]
-
-
-class Weights:
-    """A matrix of a linear layer, laid out for products with few rows."""
-
-    def __init__(self, weight_OI: Tensor, dtype: torch.dtype, compute: torch.dtype) -> None:
-        self._weight_OI = weight_OI.detach().to(dtype).to(compute)
-        # On a CPU the transposed product is the faster one, but for a single row.
-        self._transposed = weight_OI.device.type == "cpu" and compute is torch.float32
-
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        if self._transposed and x_NI.shape[0] > 1:
-            return (self._weight_OI @ x_NI.T).T
-        return F.linear(x_NI, self._weight_OI)
+_numbers = itertools.count()
+_caches: weakref.WeakValueDictionary[int, KeyValueCache] = weakref.WeakValueDictionary()
 
 
-class Int8Weights:
-    """A matrix in 8-bit integers with a scale for each output, rounded to the nearest."""
+# An operator of its own: which columns each row sees, the cache knows and the compiler need not.
+torch.library.define(
+    "svend::attend_step",
+    "(Tensor q_RHS, Tensor k_RKS, Tensor v_RKS, int layer, int cache) -> Tensor",
+)
 
-    def __init__(self, weight_OI: Tensor, compute: torch.dtype) -> None:
-        weight_OI = weight_OI.detach().float()
-        scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / INT8_LARGEST
-        self._weight_OI = (weight_OI / scale_O1).round().to(torch.int8)
-        self._scale_O = scale_O1.squeeze(1).to(compute)
 
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        out_NO: Tensor = torch.ops.aten._weight_int8pack_mm(
-            x_NI.contiguous(), self._weight_OI, self._scale_O
-        )
-        return out_NO
+@torch.library.impl("svend::attend_step", "default")
+def _attend_step(q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor, layer: int, cache: int) -> Tensor:
+    return _caches[cache].attend_step(layer, q_RHS, k_RKS, v_RKS)
+
+
+def _shape_of_attend_step(
+    q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor, layer: int, cache: int  # noqa: ARG001
+) -> Tensor:
+    return torch.empty_like(q_RHS, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("svend::attend_step", _shape_of_attend_step)
 
 
 @dataclass(frozen=True)
-class BlockWeights:
-    """One block's matrices, those with the same input as one."""
+class _Layer:
+    """One block's weights; query, key and value are one product, gate and up another."""
 
-    attention_norm_D: Tensor
+    attention_gain: Tensor
     qkv: Product
-    out: Product
-    feed_forward_norm_D: Tensor
+    output: Product
+    ffn_gain: Tensor
     gate_up: Product
     down: Product
 
 
-class CachedTransformer:
-    """The weights of a model as they are now, and a cache of keys and values for some lanes.
+class DecodingModel:
+    """A model's weights as they are now, ready to decode rows in a cache of `lanes`.
 
-    With `precision` bf16 on a CPU that has no products in bf16, weights are rounded to bf16 and
-    multiplied in fp32: never less exact than bf16, and many times faster.
+    `invariant`: a row's numbers do not depend on how many rows there are, see `Decoder`.
     """
 
     def __init__(
-        self, model: ReasoningTransformer, lanes: int, max_length: int, precision: Precision,
+        self,
+        model: ReasoningTransformer,
+        lanes: int,
+        max_length: int,
+        precision: Precision,
+        *,
+        compiled: bool,
         int8: bool,
+        invariant: bool,
     ) -> None:
-        config, device = model.config, model.head.weight.device
-        self.config, self.device = config, device
-        stored = DTYPES[precision]
-        native = device.type == "cuda" or stored is torch.float32 or multiplies_in_bf16()
-        compute = stored if native else torch.float32
-        self.dtype = compute
+        config = model.config
+        device = model.head.weight.device
+        precision = resolve_precision(precision, device)
+        self._config = config
+        self._invariant = invariant
+        self._rows: dict[int, tuple[int, bool]] = {}
 
-        def lay_out(*matrices: Tensor) -> Product:
-            weight_OI = torch.cat([matrix.detach() for matrix in matrices])
-            return Int8Weights(weight_OI, compute) if int8 else Weights(weight_OI, stored, compute)
+        def product(*weights: Tensor) -> Product:
+            return make_product(torch.cat(weights), precision, int8=int8)
 
-        self._embedding_VD = model.embedding.weight.detach().to(stored).to(compute)
-        self._blocks = [_lay_out_block(block, lay_out) for block in model.blocks]
-        self._final_norm_D = model.final_norm.weight.detach().float()
-        self._head = lay_out(model.head.weight)
-        self.max_length = -(-max_length // LENGTH_STEP) * LENGTH_STEP
-        shape = (config.num_hidden_layers, lanes, config.kv_heads, self.max_length,
-                 config.head_size)
-        self._keys = torch.zeros(shape, dtype=compute, device=device)
-        self._values = torch.zeros(shape, dtype=compute, device=device)
-
-    def extend(self, lane: int, start: int, tokens: list[int]) -> Tensor:
-        """Put tokens of one lane into the cache from a position on; return the last hidden state.
-
-        Returns (1, D), normed. The shape of every product depends on this lane alone.
-        """
-        return self.extend_all(lane, start, tokens)[-1:]
-
-    def extend_all(self, lane: int, start: int, tokens: list[int]) -> Tensor:
-        """Do as `extend`, and return the normed hidden state of each token, (N, D)."""
-        count, end = len(tokens), start + len(tokens)
-        positions_N = torch.arange(start, end, device=self.device)
-        key_C = torch.arange(end, device=self.device)
-        mask_NC = torch.where(key_C <= positions_N[:, None], 0.0, -torch.inf).to(self.dtype)
-        heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
-
-        def attend(layer: int, q_NHS: Tensor, k_NKS: Tensor, v_NKS: Tensor) -> Tensor:
-            keys_KCS = self._keys[layer, lane]
-            values_KCS = self._values[layer, lane]
-            keys_KCS[:, start:end] = k_NKS.transpose(0, 1)
-            values_KCS[:, start:end] = v_NKS.transpose(0, 1)
-            out_HNS = F.scaled_dot_product_attention(
-                q_NHS.transpose(0, 1)[None],
-                keys_KCS[None, :, :end].repeat_interleave(heads // kv_heads, dim=1),
-                values_KCS[None, :, :end].repeat_interleave(heads // kv_heads, dim=1),
-                attn_mask=mask_NC,
-            )[0]
-            return out_HNS.transpose(0, 1).reshape(count, heads * size)
-
-        return self._forward(torch.tensor(tokens, device=self.device), positions_N, attend)
-
-    def step(self, lanes: slice, tokens: list[int], lengths: list[int], longest: int) -> Tensor:
-        """Put one token of each of some neighbouring lanes into the cache; return hidden states.
-
-        lengths: how many tokens each lane has cached. longest: how much of the cache attention
-        reads, at least the greatest length plus one. Returns (N, D), normed.
-        """
-        count = len(tokens)
-        positions_N = torch.tensor(lengths, device=self.device)
-        kept = min(self.max_length, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-        key_C = torch.arange(kept, device=self.device)
-        mask_N11C = torch.where(
-            key_C <= positions_N[:, None], 0.0, -torch.inf
-        ).to(self.dtype)[:, None, None]
-        heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
-        rows_N = torch.arange(count, device=self.device)
-
-        def attend(layer: int, q_NHS: Tensor, k_NKS: Tensor, v_NKS: Tensor) -> Tensor:
-            keys_NKCS, values_NKCS = self._keys[layer, lanes], self._values[layer, lanes]
-            keys_NKCS[rows_N, :, positions_N] = k_NKS
-            values_NKCS[rows_N, :, positions_N] = v_NKS
-            # The query heads of a group are queries of one key/value head: nothing is repeated.
-            out_NKGS = F.scaled_dot_product_attention(
-                q_NHS.reshape(count, kv_heads, heads // kv_heads, size),
-                keys_NKCS[:, :, :kept], values_NKCS[:, :, :kept],
-                attn_mask=mask_N11C.expand(-1, 1, heads // kv_heads, -1),
+        with torch.no_grad():
+            self._layers = [_convert(block, product) for block in model.blocks]
+            self._final_gain = model.final_norm.weight.detach().float().clone()
+            self._head = product(model.head.weight)
+            self._embedding_VD = model.embedding.weight.detach().to(DTYPES[precision], copy=True)
+            tables = rotary_tables(
+                torch.arange(max_length, device=device)[None], config.head_size, config.rope_theta
             )
-            return out_NKGS.reshape(count, heads * size)
+            self._cos_T1S, self._sin_T1S = (table[0, 0, :, None] for table in tables)
+        cache_dtype = torch.float32 if device.type == "cpu" else DTYPES[precision]
+        self.cache = KeyValueCache(config, lanes, max_length, cache_dtype, device, invariant)
+        self._cache_number = next(_numbers)
+        _caches[self._cache_number] = self.cache
+        self._run_step = torch.compile(self._step, dynamic=True) if compiled else self._step
 
-        return self._forward(torch.tensor(tokens, device=self.device), positions_N, attend)
+    @torch.inference_mode()
+    def extend(self, lane: int, start: int, tokens: Sequence[int]) -> Tensor:
+        """Run tokens of one row from position `start` on; return the last one's logits, (1, V)."""
+        x_RD = self._extend(lane, start, tokens)[-1:]
+        return self._head(x_RD)
 
-    def logits(self, x_ND: Tensor) -> Tensor:
-        """Return the logits of hidden states, (N, V)."""
-        return self._head(x_ND)
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits at every position of a row, (positions, V). Overwrites lane 0."""
+        return self._head(self._extend(0, 0, tokens))
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy what a lane has cached to another."""
-        for cache in (self._keys, self._values):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
+    def _extend(self, lane: int, start: int, tokens: Sequence[int]) -> Tensor:
+        def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
+            return self.cache.attend_span(layer, lane, start, q_RHS, k_RKS, v_RKS).float()
 
-    def _forward(
-        self, tokens_N: Tensor, positions_N: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        positions = slice(start, start + len(tokens))
+        tokens_R = torch.tensor(tokens, device=self._embedding_VD.device)
+        return self._hidden_states(
+            tokens_R, self._cos_T1S[positions], self._sin_T1S[positions], attend, False
+        )
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Run one token of each row, in the lanes from the first on; return logits, (rows, V)."""
+        rows = len(tokens)
+        padded, in_tiles = self._padding(rows)
+        device = self._embedding_VD.device
+        filled = [*positions, *([0] * (padded - rows))]
+        positions_R = torch.tensor(filled, device=device)
+        tokens_R = torch.tensor([*tokens, *([0] * (padded - rows))], device=device)
+        self.cache.begin_step(positions)
+        logits_RV = self._run_step(
+            tokens_R, self._cos_T1S[positions_R], self._sin_T1S[positions_R], in_tiles
+        )
+        return logits_RV[:rows]
+
+    def _step(self, tokens_R: Tensor, cos_R1S: Tensor, sin_R1S: Tensor, in_tiles: bool) -> Tensor:
+        def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                out_RHS: Tensor = torch.ops.svend.attend_step(
+                    q_RHS, k_RKS, v_RKS, layer, self._cache_number
+                )
+                return out_RHS
+            return self.cache.attend_step(layer, q_RHS, k_RKS, v_RKS)
+
+        x_RD = self._hidden_states(tokens_R, cos_R1S, sin_R1S, attend, in_tiles)
+        return self._head(x_RD, in_tiles)
+
+    def _padding(self, rows: int) -> tuple[int, bool]:
+        if not self._invariant:
+            return rows, False
+        if rows not in self._rows:
+            wanted = rows if rows < ROW_STEP else -(-rows // ROW_STEP) * ROW_STEP
+            first = self._layers[0]
+            self._rows[rows] = steady_rows(
+                (first.qkv, first.output, first.gate_up, first.down, self._head), wanted
+            )
+        return self._rows[rows]
+
+    def _hidden_states(
+        self, tokens_R: Tensor, cos_R1S: Tensor, sin_R1S: Tensor, attend: Attend, in_tiles: bool
     ) -> Tensor:
-        heads, kv_heads, size = self.config.heads, self.config.kv_heads, self.config.head_size
-        x_ND = self._embedding_VD[tokens_N]
-        tables = rotary_tables(positions_N[None], size, self.config.rope_theta)
-        # As (positions, 1, head size): the heads of a row turn by the same angle.
-        cos_N1S, sin_N1S = (table[0].transpose(0, 1).to(self.dtype) for table in tables)
-        for layer, block in enumerate(self._blocks):
-            qkv_NO = block.qkv(self._norm(x_ND, block.attention_norm_D))
-            split = [heads * size, kv_heads * size, kv_heads * size]
-            q_NO, k_NO, v_NO = torch.split(qkv_NO, split, dim=1)
-            attended_NO = attend(
-                layer,
-                rotate(q_NO.reshape(-1, heads, size), cos_N1S, sin_N1S),
-                rotate(k_NO.reshape(-1, kv_heads, size), cos_N1S, sin_N1S),
-                v_NO.reshape(-1, kv_heads, size),
+        """Return the normed hidden states before the head, (rows, hidden)."""
+        config = self._config
+        heads, kv_heads, size = config.heads, config.kv_heads, config.head_size
+        x_RD = F.embedding(tokens_R, self._embedding_VD).float()
+        for number, layer in enumerate(self._layers):
+            qkv_RHS = layer.qkv(self._norm(x_RD, layer.attention_gain), in_tiles).view(
+                -1, heads + 2 * kv_heads, size
             )
-            x_ND = x_ND + block.out(attended_NO)
-            gate_NF, up_NF = block.gate_up(
-                self._norm(x_ND, block.feed_forward_norm_D)
-            ).chunk(2, dim=1)
-            x_ND = x_ND + block.down(F.silu(gate_NF) * up_NF)
-        return self._norm(x_ND, self._final_norm_D)
+            turned_RHS = rotate(qkv_RHS[:, : heads + kv_heads], cos_R1S, sin_R1S)
+            out_RHS = attend(
+                number, turned_RHS[:, :heads], turned_RHS[:, heads:], qkv_RHS[:, heads + kv_heads :]
+            )
+            x_RD = x_RD + layer.output(out_RHS.flatten(1), in_tiles)
+            gate_RF, up_RF = layer.gate_up(self._norm(x_RD, layer.ffn_gain), in_tiles).chunk(2, -1)
+            x_RD = x_RD + layer.down(F.silu(gate_RF) * up_RF, in_tiles)
+        return self._norm(x_RD, self._final_gain)
 
-    def _norm(self, x_ND: Tensor, weight_D: Tensor) -> Tensor:
-        normed_ND = F.rms_norm(x_ND.float(), weight_D.shape, weight_D, self.config.rms_norm_eps)
-        return normed_ND.to(self.dtype)
+    def _norm(self, x_RD: Tensor, gain_D: Tensor) -> Tensor:
+        return F.rms_norm(x_RD, gain_D.shape, gain_D, self._config.rms_norm_eps)
 
 
-def _lay_out_block(block: torch.nn.Module, lay_out: Callable[..., Product]) -> BlockWeights:
+def _convert(block: torch.nn.Module, product: Callable[..., Product]) -> _Layer:
     assert isinstance(block, Block)
-    attention, feed_forward = block.attention, block.feed_forward
-    return BlockWeights(
-        attention_norm_D=block.attention_norm.weight.detach().float(),
-        qkv=lay_out(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
-        out=lay_out(attention.o_proj.weight),
-        feed_forward_norm_D=block.feed_forward_norm.weight.detach().float(),
-        gate_up=lay_out(feed_forward.gate_proj.weight, feed_forward.up_proj.weight),
-        down=lay_out(feed_forward.down_proj.weight),
+    attention, ffn = block.attention, block.feed_forward
+    return _Layer(
+        block.attention_norm.weight.detach().float().clone(),
+        product(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+        product(attention.o_proj.weight),
+        block.feed_forward_norm.weight.detach().float().clone(),
+        product(ffn.gate_proj.weight, ffn.up_proj.weight),
+        product(ffn.down_proj.weight),
     )

@@ -1,29 +1,22 @@
-"""Batched decoding: rows of their own length, which leave when they are done and make room.
-
-Every prompt is read by itself; rows then advance together, a token a step, each in a lane of one
-preallocated key/value cache. A row that is done leaves, and the next request takes its place.
-"""
+"""Decoding of many rows at once: rows that end leave, and waiting prompts take their lanes."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from svend.device import resolve_precision
-from svend.errors import DataError
-from svend.models.decoding import CachedTransformer
+from svend.errors import ConfigError, DataError
+from svend.models.decoding import DecodingModel
 from svend.models.sampling import Sampling, choose_tokens, uniform
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Precision
 
 __all__ = ["Completion", "Decoder", "PlainTurn", "Request", "Sampling", "Turn"]
 
-# Rows in one matrix product of an invariant decoder, those of empty lanes included.
-INVARIANT_ROWS = 32
 GREEDY = Sampling()
 
 
@@ -31,12 +24,15 @@ class Turn(Protocol):
     """Decides, token by token, how a row goes on."""
 
     def take(self, token: int) -> Sequence[int] | None:
-        """Take a sampled token; return what is put after it, or None where the row ends."""
-        ...
+        """Take a sampled token.
+
+        Return nothing to go on; token ids to put after it, such as a tool's result, before going
+        on; or None to end the row.
+        """
 
 
 class PlainTurn:
-    """Ends after so many tokens, at one of some tokens, or after one of some sequences of them."""
+    """Ends after so many tokens, at a stop token, or at a sequence of tokens."""
 
     def __init__(
         self,
@@ -44,26 +40,26 @@ class PlainTurn:
         stop_ids: Collection[int] = (),
         stop_sequences: Sequence[Sequence[int]] = (),
     ) -> None:
+        if max_new_tokens < 1 or not all(stop_sequences):
+            raise ValueError("max_new_tokens must be at least 1, and no stop sequence empty")
         self._left = max_new_tokens
         self._stop_ids = frozenset(stop_ids)
         self._stop_sequences = [tuple(sequence) for sequence in stop_sequences]
-        self._tail: tuple[int, ...] = ()
-        self._tail_length = max(map(len, self._stop_sequences), default=0)
+        self._last: deque[int] = deque(maxlen=max(map(len, self._stop_sequences), default=0))
 
     def take(self, token: int) -> Sequence[int] | None:
-        """Return nothing to put after the token, or None where the row ends with it."""
         self._left -= 1
-        if self._tail_length:
-            self._tail = (*self._tail, token)[-self._tail_length :]
-        stops = token in self._stop_ids or any(
-            self._tail[-len(sequence) :] == sequence for sequence in self._stop_sequences
+        self._last.append(token)
+        last = tuple(self._last)
+        stopped = token in self._stop_ids or any(
+            last[-len(sequence) :] == sequence for sequence in self._stop_sequences
         )
-        return None if stops or self._left <= 0 else ()
+        return None if stopped or self._left == 0 else ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token, and what decides how it goes on; the seed is for drawing."""
+    """A prompt, what decides how it goes on, and the seed of its random numbers."""
 
     prompt: Sequence[int]
     turn: Turn
@@ -72,10 +68,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt.
+    """What came after the prompt of the request at place `index`.
 
-    index: the request's place among all. tokens: those sampled and those put between them, the last
-    one included. complete: whether the turn ended it, rather than a full cache.
+    tokens: all of them, sampled and inserted, the stop token included. complete: the turn ended
+    it; False means that the cache was full.
     """
 
     index: int
@@ -85,22 +81,30 @@ class Completion:
 
 @dataclass
 class _Row:
-    """A request in its lane: `cached` of its tokens are in the cache, `next` is not yet."""
+    """A request in its lane: `cached` of its tokens are in the cache, the last is not yet."""
 
     index: int
     request: Request
     cached: int = 0
-    next: int = -1
     tokens: list[int] = field(default_factory=list)
 
 
 class Decoder:
-    """Answers requests, `lanes` at a time, with a model's weights as they are now.
+    """Completes prompts, `lanes` at a time, with a model's weights as they are now.
 
-    max_length: of a prompt and what follows it. invariant: every product has the same shape
-    whatever the lanes, and attention reads the whole cache, so that a row's tokens do not depend on
-    how many rows there are; else only the rows and positions that there are cost time. int8: the
-    matrices are rounded to 8 bits; meant for few lanes.
+    max_length: tokens of a row that the cache holds: the prompt and what follows it, all but the
+    last. precision: what the weights are rounded to; what lies between the products is fp32.
+    compiled: the step is compiled, the first time that it is taken. int8: the matrices are rounded
+    to 8 bits, and what is multiplied with them to 7 (`int8.py`); meant for few lanes.
+
+    invariant: a completion depends on its request alone, to the bit, not on the lanes or on what is
+    in them. Each prompt, and what is inserted, runs by itself; a row attends by itself; and a
+    step's rows are padded to a number at which the products round as at any such number
+    (`products.steady_rows`). On CUDA attention then reads the whole cache, and its kernels are
+    trusted, untested, to treat each row alike.
+
+    Greedy tokens are those of the uncached model where its two likeliest differ by more than
+    rounding: in fp32 about 1e-6 of the logits, in bf16 what rounding the weights moves them by.
     """
 
     def __init__(
@@ -111,113 +115,120 @@ class Decoder:
         max_length: int,
         precision: Precision,
         sampling: Sampling = GREEDY,
+        compiled: bool = False,
         int8: bool = False,
         invariant: bool = False,
     ) -> None:
-        self._lanes, self._invariant, self._sampling = lanes, invariant, sampling
-        rows = -(-lanes // INVARIANT_ROWS) * INVARIANT_ROWS if invariant else lanes
-        precision = resolve_precision(precision, model.head.weight.device)
-        self._max_length = max_length
-        self._transformer = CachedTransformer(model, rows, max_length, precision, int8)
+        if lanes < 1 or max_length < 1:
+            raise ConfigError(f"lanes = {lanes}, max_length = {max_length}: must be at least 1")
+        self._lanes, self._max_length, self._sampling = lanes, max_length, sampling
+        self._model = DecodingModel(
+            model, lanes, max_length, precision,
+            compiled=compiled, int8=int8, invariant=invariant,
+        )
+        self._user: object = None
         self.steps = 0
+        self.prefilled_tokens = 0
 
-    @torch.inference_mode()
     def score(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits after each token of a text, (tokens, vocabulary), in fp32."""
-        hidden_ND = self._transformer.extend_all(0, 0, list(tokens))
-        return self._transformer.logits(hidden_ND).float()
+        """Return the logits after each token of a text, (tokens, vocabulary), in fp32.
+
+        It overwrites what the cache holds.
+        """
+        self._user = None
+        return self._model.logits(tokens)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Yield completions as they are done; a request is taken when there is a lane for it.
+        """Yield completions in the order in which they end; take a request when a lane is free.
 
-        Raises DataError for a prompt that is empty, or as long as what a lane can hold.
+        Raises DataError for a prompt that is empty or leaves no room: before anything runs where
+        `requests` is a sequence, else when it is taken. A Decoder runs one `generate` at a time:
+        one that is not at its end when another begins, or `score` is called, cannot go on.
         """
-        waiting = enumerate(requests)
+        if isinstance(requests, Sequence):
+            for index, request in enumerate(requests):
+                self._check(index, request)
+        return self._generate(enumerate(requests))
+
+    def _generate(self, waiting: Iterator[tuple[int, Request]]) -> Iterator[Completion]:
+        user = self._user = object()
         rows: list[_Row] = []  # in lanes 0, 1, ...
         while True:
             while len(rows) < self._lanes and (taken := next(waiting, None)) is not None:
+                self._check(*taken)
                 row = _Row(*taken)
-                self._check(row)
-                completion = self._extend(row, len(rows), list(row.request.prompt))
+                token = self._extend(row, len(rows), list(row.request.prompt))
+                completion = self._advance(row, len(rows), token)
                 if completion is None:
                     rows.append(row)
                 else:
                     yield completion
+                    self._check_user(user)
             if not rows:
                 return
-            for lane, completion in self._advance(rows):
+            for completion in self._step(rows):
                 yield completion
-                # The last row takes the lane, so that those in use stay neighbours.
-                last = rows.pop()
-                if lane < len(rows):
-                    self._transformer.move(len(rows), lane, last.cached)
-                    rows[lane] = last
+                self._check_user(user)
 
-    def _check(self, row: _Row) -> None:
-        length = len(row.request.prompt)
+    def _check_user(self, user: object) -> None:
+        if self._user is not user:
+            raise RuntimeError("this decoder has been used for something else meanwhile")
+
+    def _check(self, index: int, request: Request) -> None:
+        length = len(request.prompt)
         if length == 0:
-            raise DataError(f"request {row.index}: the prompt is empty; give at least one token")
+            raise DataError(f"request {index}: the prompt is empty; give at least one token")
         if length >= self._max_length:
             raise DataError(
-                f"request {row.index}: a prompt of {length} tokens leaves no room for an answer "
-                f"within {self._max_length}; shorten it"
+                f"request {index}: a prompt of {length} tokens leaves no room for an answer "
+                f"within {self._max_length}; shorten it or raise max_length"
             )
 
-    @torch.inference_mode()
-    def _advance(self, rows: list[_Row]) -> list[tuple[int, Completion]]:
-        """Take a step with every row; return those that are done with their lanes, last first."""
-        chosen = self._choose(self._step(rows), rows)
+    def _step(self, rows: list[_Row]) -> list[Completion]:
+        """Give every row its next token; take out those that end, and return them."""
         self.steps += 1
-        done = []
-        for lane, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        logits_RV = self._model.step(
+            [row.tokens[-1] for row in rows], [row.cached for row in rows]
+        )
+        ended: list[tuple[int, Completion]] = []
+        for lane, (row, token) in enumerate(
+            zip(rows, self._choose(logits_RV, rows), strict=True)
+        ):
             row.cached += 1
-            completion = self._accept(row, lane, token)
+            completion = self._advance(row, lane, token)
             if completion is not None:
-                done.append((lane, completion))
-        return done[::-1]
+                ended.append((lane, completion))
+        for lane, _ in reversed(ended):
+            # The last row takes the lane, so that those in use stay neighbours.
+            last = rows.pop()
+            if lane < len(rows):
+                self._model.cache.move(len(rows), lane, last.cached)
+                rows[lane] = last
+        return [completion for _, completion in ended]
 
-    def _step(self, rows: list[_Row]) -> Tensor:
-        """Return the logits of every row after its next token."""
-        transformer = self._transformer
-        tokens, lengths = [row.next for row in rows], [row.cached for row in rows]
-        if not self._invariant:
-            hidden_ND = transformer.step(
-                slice(0, len(rows)), tokens, lengths, max(lengths) + 1
-            )
-            return transformer.logits(hidden_ND)
-        parts = []
-        for start in range(0, len(rows), INVARIANT_ROWS):
-            used = slice(start, start + INVARIANT_ROWS)
-            empty = [0] * (INVARIANT_ROWS - len(tokens[used]))
-            hidden_ND = transformer.step(
-                used, tokens[used] + empty, lengths[used] + empty, transformer.max_length
-            )
-            parts.append(transformer.logits(hidden_ND))
-        return torch.cat(parts)[: len(rows)]
+    def _advance(self, row: _Row, lane: int, token: int) -> Completion | None:
+        """Give a row its token, and what its turn inserts; return the completion if it ends."""
+        while True:
+            row.tokens.append(token)
+            inserted = row.request.turn.take(token)
+            if inserted is None:
+                return Completion(row.index, row.tokens, complete=True)
+            row.tokens += inserted
+            following = [token, *inserted]
+            if row.cached + len(following) > self._max_length:
+                return Completion(row.index, row.tokens, complete=False)
+            if not inserted:
+                return None
+            token = self._extend(row, lane, following)
 
-    def _choose(self, logits_NV: Tensor, rows: Sequence[_Row]) -> list[int]:
-        uniforms = [uniform(row.request.seed, len(row.tokens)) for row in rows]
-        return choose_tokens(logits_NV, self._sampling, uniforms)
-
-    @torch.inference_mode()
-    def _extend(self, row: _Row, lane: int, tokens: list[int]) -> Completion | None:
-        """Read tokens of one row at once, and take the token that follows them."""
-        hidden_1D = self._transformer.extend(lane, row.cached, tokens)
+    def _extend(self, row: _Row, lane: int, tokens: list[int]) -> int:
+        """Read tokens of one row at once; return the token that follows them."""
+        logits_1V = self._model.extend(lane, row.cached, tokens)
         row.cached += len(tokens)
-        (token,) = self._choose(self._transformer.logits(hidden_1D), [row])
-        return self._accept(row, lane, token)
+        self.prefilled_tokens += len(tokens)
+        (token,) = self._choose(logits_1V, [row])
+        return token
 
-    def _accept(self, row: _Row, lane: int, token: int) -> Completion | None:
-        """Give a sampled token to the row's turn; return the completion if it is done."""
-        row.tokens.append(token)
-        inserted = row.request.turn.take(token)
-        if inserted is None:
-            return Completion(row.index, row.tokens, complete=True)
-        row.tokens += inserted
-        following = [token, *inserted]
-        if row.cached + len(following) > self._max_length:
-            return Completion(row.index, row.tokens, complete=False)
-        if inserted:
-            return self._extend(row, lane, following)
-        row.next = token
-        return None
+    def _choose(self, logits_RV: Tensor, rows: Sequence[_Row]) -> list[int]:
+        uniforms = [uniform(row.request.seed, len(row.tokens)) for row in rows]
+        return choose_tokens(logits_RV, self._sampling, uniforms)

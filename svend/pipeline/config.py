@@ -22,6 +22,7 @@ from svend.pipeline.options import (
     LongDocuments,
     LossOn,
     ModelConfig,
+    Optimizer,
     OwnSource,
     PipelineConfig,
     Precision,
@@ -35,8 +36,8 @@ from svend.pipeline.options import (
 __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
     "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "GatesConfig",
-    "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "OwnSource", "PipelineConfig",
-    "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
+    "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "Optimizer", "OwnSource",
+    "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
     "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
     "group_members", "load_config", "load_saved_config", "print_scale_comparison", "scale_table",
 ]

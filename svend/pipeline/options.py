@@ -26,6 +26,13 @@ class Schedule(Enum):
     CONSTANT = "constant"
 
 
+class Optimizer(Enum):
+    """What updates the weights."""
+
+    ADAMW = "adamw"
+    MUON = "muon"  # the blocks' matrices; AdamW the rest
+
+
 class Precision(Enum):
     """The number format of the forward and backward pass; the weights stay fp32.
 
@@ -265,6 +272,7 @@ class TrainingConfig:
     batch_size: int = _default("training.batch_size")
     gradient_accumulation_steps: int = _default("training.gradient_accumulation_steps")
     learning_rate: float = _default("training.learning_rate")
+    optimizer: Optimizer = _default_enum("training.optimizer", Optimizer)
     schedule: Schedule = _default_enum("training.schedule", Schedule)
     warmup_ratio: float = _default("training.warmup_ratio")
     decay_ratio: float = _default("training.decay_ratio")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from svend.data.corpus import build_corpus
+from svend.data.corpus import Corpus, build_corpus
 from svend.data.records import file_digest
 from svend.data.stream import PackedSequences
+from svend.data.tokenised import Progress
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.device import check_precision, resolve_device, resolve_precision
 from svend.errors import CheckpointError
@@ -36,6 +35,46 @@ from svend.tracking.run import TrackedRun, environment_tags
 TOKENIZER = "tokenizer.json"
 
 
+@dataclass(frozen=True)
+class LoadedVersion:
+    """A version with its model, verified, its tokenizer, and the config that it was made by."""
+
+    version: OpenedVersion
+    config: PipelineConfig
+    model: ReasoningTransformer
+    tokenizer: DocumentTokenizer
+    sha256: str
+    device: torch.device
+
+
+def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> LoadedVersion:
+    """Open a version of the registry, and load what it holds.
+
+    Raises UserError, in one line, for what is missing, not what was registered, or does not fit.
+    """
+    version = open_version(model_uri)
+    config = load_saved_config(version.folder / CONFIG_FILE, overrides)
+    device = resolve_device(config.training.device)
+    precision = resolve_precision(config.training.precision, device)
+    check_precision(precision, device)
+    config = replace(config, training=replace(config.training, precision=precision))
+    model, sha256 = _load_model(version, config, device)
+    tokenizer = load_tokenizer(str(version.folder / TOKENIZER), 2**32)
+    check_tokenizer(model, tokenizer)
+    return LoadedVersion(version, config, model, tokenizer, sha256, device)
+
+
+def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[list[int]]:
+    """Return the token ids of documents that the version was not trained on."""
+    heldout = _build_corpus(loaded, report).heldout
+    longest = loaded.model.config.max_position_embeddings
+    return [
+        heldout.tokens.read(int(start), min(int(length), longest)).tolist()
+        for start, length in zip(heldout.starts[:count], heldout.lengths[:count], strict=True)
+        if length > 1
+    ]
+
+
 def evaluate_version(
     model_uri: str, benchmarks: Sequence[str], overrides: Sequence[tuple[str, str]]
 ) -> None:
@@ -46,17 +85,10 @@ def evaluate_version(
     or does not fit.
     """
     console = make_console()
-    version = open_version(model_uri)
     asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")
-    config = load_saved_config(version.folder / CONFIG_FILE, [asked, *overrides])
-    device = resolve_device(config.training.device)
-    precision = resolve_precision(config.training.precision, device)
-    check_precision(precision, device)
-    config = replace(config, training=replace(config.training, precision=precision))
+    loaded = load_version(model_uri, [asked, *overrides])
+    version, config, sha256 = loaded.version, loaded.config, loaded.sha256
     questions = read_questions(config)
-    model, sha256 = _load_model(version, config, device)
-    tokenizer = load_tokenizer(str(version.folder / TOKENIZER), 2**32)
-    check_tokenizer(model, tokenizer)
     step = int(version.tags.get("svend.step", "0"))
     tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
     status = "FAILED"
@@ -69,8 +101,8 @@ def evaluate_version(
         })
         with AnswerProgress(console) as progress:
             evaluation = evaluate_model(
-                config, model, tokenizer, questions,
-                lambda: _measure_heldout(config, model, tokenizer, device, console),
+                config, loaded.model, loaded.tokenizer, questions,
+                lambda: _measure_heldout(loaded, console),
                 progress.advance,
             )
         record_evaluation(tracked, evaluation, step)
@@ -109,23 +141,19 @@ def _load_model(
     return model.to(device).eval(), sha256
 
 
-def _measure_heldout(
-    config: PipelineConfig, model: ReasoningTransformer, tokenizer: DocumentTokenizer,
-    device: torch.device, console: Console,
-) -> HeldoutLoss:
+def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
     """Measure the loss on the held-out part of the config's data, by the version's tokenizer."""
-    training = config.training
-    data = training.data
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        own = replace(data, tokenizer=str(Path(folder) / TOKENIZER))
-        corpus = build_corpus(
-            own, model.config.vocab_size, training.seed,
-            lambda text: console.print(f"data: {text}"),
-        )
-        sequences = PackedSequences(corpus.heldout, own, training.seed)
-        batches = sequences.first(training.heldout_sequences)
-        return measure_heldout_loss(model, batches, training.precision, device)
+    training = loaded.config.training
+    corpus = _build_corpus(loaded, lambda text: console.print(f"data: {text}"))
+    sequences = PackedSequences(corpus.heldout, training.data, training.seed)
+    batches = sequences.first(training.heldout_sequences)
+    return measure_heldout_loss(loaded.model, batches, training.precision, loaded.device)
+
+
+def _build_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
+    training = loaded.config.training
+    own = replace(training.data, tokenizer=str(loaded.version.folder / TOKENIZER))
+    return build_corpus(own, loaded.model.config.vocab_size, training.seed, report)
 
 
 def _decide(

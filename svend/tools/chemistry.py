@@ -184,7 +184,7 @@ def _balance(reactants: list[Substance], products: list[Substance]) -> list[int]
     elements = sorted({element for substance, _ in signed for element in substance.atoms})
     rows = [[sign * s.atoms.get(element, 0) for s, sign in signed] for element in elements]
     rows.append([sign * substance.charge for substance, sign in signed])
-    solutions = DM(rows, QQ).nullspace().to_list()
+    solutions = DM(rows, QQ).nullspace(divide_last=True).to_list()
     if len(solutions) > 1:
         raise ToolError("the equation can be balanced in more than one way; give one reaction")
     if not solutions:
@@ -192,10 +192,9 @@ def _balance(reactants: list[Substance], products: list[Substance]) -> list[int]
         lacking = f": {', '.join(sorted(missing))} is on one side only" if missing else ""
         raise ToolError(f"the equation cannot be balanced{lacking}")
     fractions = [Fraction(int(QQ.numer(x)), int(QQ.denom(x))) for x in solutions[0]]
+    # One of them is 1, so that this scale leaves no common divisor and no sign to turn.
     scale = math.lcm(*(x.denominator for x in fractions))
-    whole = [int(x * scale) for x in fractions]
-    divisor = math.gcd(*whole) * (-1 if whole[0] < 0 else 1)
-    coefficients = [number // divisor for number in whole]
+    coefficients = [int(x * scale) for x in fractions]
     if min(coefficients) <= 0:
         raise ToolError("the equation cannot be balanced with every substance on its side")
     return coefficients
