@@ -398,6 +398,21 @@ def test_a_failed_check_is_reported_by_the_last_line_of_its_traceback() -> None:
         "AssertionError: two\n",
     )
     assert run_program(Program("def f(:")).reason == "SyntaxError: invalid syntax"
+    assert run_program(Program("raise ValueError('a\\nb')")).reason == "ValueError: a b"
+
+
+def test_stricter_limits_of_the_process_around_it_stay() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))\n"
+        "from svend.evaluation.sandbox import *\n"
+        "print(run_program(Program('import resource', "
+        "'assert resource.getrlimit(resource.RLIMIT_NOFILE) == (20, 20)')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], text=True, check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.startswith("SandboxResult(passed=True")
 
 
 def test_the_same_program_sees_the_same_hashes() -> None:

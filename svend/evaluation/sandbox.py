@@ -323,7 +323,8 @@ def _result(
     elif report == b"MemoryError":
         reason = f"MemoryError: memory over {limits.memory_bytes >> 20} MiB"
     else:
-        reason = report.decode(errors="replace") or f"{_ending(exit_code)} before the checks ended"
+        said = " ".join(report.decode(errors="replace").split())
+        reason = said or f"{_ending(exit_code)} before the checks ended"
     return SandboxResult(False, reason, output)
 
 

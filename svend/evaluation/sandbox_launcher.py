@@ -115,10 +115,10 @@ def end_with_parent(parent: int) -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Set the limits of this process: soft and hard alike, so that it cannot raise them.
+    """Set the limits of this process, or keep its present ones where those are stricter.
 
-    At the soft limit of CPU time comes SIGXCPU, which ends the process; should it ignore that, it
-    is killed a second later.
+    Soft and hard ones are alike, so that it cannot raise them, but for CPU time: at the soft one
+    comes SIGXCPU, which ends the process; should it ignore that, it is killed a second later.
     """
     for name, soft, hard in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),
@@ -128,7 +128,9 @@ def set_limits(limits: dict[str, int]) -> None:
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_MEMLOCK, 0, 0),
     ):
-        resource.setrlimit(name, (soft, hard))
+        _, present = resource.getrlimit(name)
+        ceiling = sys.maxsize if present == resource.RLIM_INFINITY else present
+        resource.setrlimit(name, (min(soft, ceiling), min(hard, ceiling)))
 
 
 def drop_privileges() -> None:
