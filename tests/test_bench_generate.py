@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from svend.bench.generate import (
@@ -11,6 +13,7 @@ from svend.bench.generate import (
     comparison_table,
     describe_quantization,
     make_workloads,
+    plot_comparisons,
 )
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
@@ -33,7 +36,9 @@ def test_workloads_are_one_prompt_eight_and_ragged_ones_over_32_lanes() -> None:
     assert ragged.useful_tokens == sum(ragged.answer_tokens)
 
 
-def test_contestants_are_timed_in_every_round_and_int8_where_it_is_meant_for() -> None:
+def test_contestants_are_timed_in_every_round_and_int8_where_it_is_meant_for(
+    tmp_path: Path,
+) -> None:
     one, eight, _ = make_workloads(100, 4)
     single, batch = compare(_model(), [one, eight], ["hf fp32"], 2, lambda _: None)
     assert [t.contestant for t in single.timings] == [OURS, OURS_INT8, "hf fp32"]
@@ -43,6 +48,9 @@ def test_contestants_are_timed_in_every_round_and_int8_where_it_is_meant_for() -
         assert timing.median > 0
     assert single.ratio(single.timings[0], single.timings[0]) == 1
     assert comparison_table(single).row_count == 3
+    plot_comparisons([single, batch], tmp_path / "speed.svg")
+    drawn = (tmp_path / "speed.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in (OURS, OURS_INT8, "hf fp32", "batch 8"))
 
 
 def test_the_loss_of_accuracy_is_measured_on_texts_and_said_to_be_missing_without() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,21 @@ from svend.data.documents import Message, Role
 from svend.errors import DataError
 from svend.evaluation import reading
 from svend.evaluation.benchmark import Benchmark, Problem, ProblemSource
+from svend.evaluation.benchmarks import ANSWERED
 from svend.evaluation.bfcl import BFCL
 from svend.evaluation.gsm8k import GSM8K
+from svend.evaluation.humaneval import HUMANEVAL
 from svend.evaluation.math_problems import MATH
-from svend.evaluation.reading import DatasetPlace, choose, read_records
+from svend.evaluation.reading import DatasetPlace, choose, local_copy_wanted, read_records
 from svend.evaluation.xstest import SAFETY
 
-PLACE = DatasetPlace("own", ("test", "own"), "somebody/own", subset=None)
+PLACE = DatasetPlace("own", ("test", "own"), "somebody/own", asked_as="own_accuracy")
+WAY_OUT = r"; give a local copy with evaluation\.paths='\{own_accuracy: PATH\}'$"
+# The benchmarks by the names under which a run asks for them, as `evaluation.paths` has them.
+ASKED_FOR = {
+    "gsm8k": GSM8K, "math": MATH, "tool_accuracy": BFCL, "safety_accuracy": SAFETY,
+    "humaneval": HUMANEVAL,
+}
 RECORDS: list[dict[str, Any]] = [{"question": f"What is {n}?", "answer": str(n)} for n in range(5)]
 # A sound record of each benchmark, and the columns that must have text.
 SOUND: dict[str, tuple[Benchmark, dict[str, Any], tuple[str, ...]]] = {
@@ -32,8 +41,8 @@ SOUND: dict[str, tuple[Benchmark, dict[str, Any], tuple[str, ...]]] = {
               ("question", "answer")),
     "math": (MATH, {"problem": "Add $1$ and $2$.", "solution": "So $\\boxed{3}$.", "answer": "3",
                     "level": 1, "subject": "Algebra"}, ("problem", "answer")),
-    "xstest": (SAFETY, {"prompt": "How do I kill time?", "label": "safe", "type": "homonyms"},
-               ("prompt", "label", "type")),
+    "safety_accuracy": (SAFETY, {"prompt": "How do I kill time?", "label": "safe",
+                                 "type": "homonyms"}, ("prompt", "label", "type")),
 }
 FAULTS = (("  ", "is empty"), (None, "must be text, found NoneType"), (..., "is missing"))
 # The answer of a MATH problem may be missing: the solution has it.
@@ -101,11 +110,38 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_path_without_the_benchmark_says_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such file or folder; own is read from there"):
+def test_a_path_without_the_benchmark_says_what_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder" + WAY_OUT):
         read_records(ProblemSource(path=tmp_path / "nowhere"), PLACE)
-    with pytest.raises(DataError, match=r"no file for own; expected test\.jsonl or own\.jsonl"):
+    with pytest.raises(DataError, match=r"no file for own, such as test\.jsonl or own\.jsonl .*"
+                       + WAY_OUT):
         read_records(ProblemSource(path=tmp_path), PLACE)
+
+
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_a_missing_copy_is_refused_under_the_name_that_it_is_asked_for(
+    name: str, tmp_path: Path
+) -> None:
+    assert ASKED_FOR[name] in ANSWERED[name]
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DataError, match=rf"; give .* evaluation\.paths='\{{{name}: PATH\}}'$"
+                           ) as raised:
+            ASKED_FOR[name].read(ProblemSource(path=path))
+        assert str(raised.value).startswith(str(path))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (DataError("x: the hub cannot be read (no; yes); give a local copy with data.path=FILE"),
+     r"x: the hub cannot be read \(no; yes\)"),
+    (DataError("x: the hub names no commit for 'main'"), r"x: the hub names no commit for 'main'"),
+    (OSError("down\nand out"), r"somebody/own: the hub cannot be read \(down\)"),
+    (TimeoutError(), r"somebody/own: the hub cannot be read \(TimeoutError\)"),
+])
+def test_whatever_is_wrong_with_the_hub_the_way_out_is_the_benchmarks(
+    error: Exception, message: str
+) -> None:
+    assert re.search("^" + message + WAY_OUT, str(local_copy_wanted(error, PLACE)))
 
 
 @pytest.mark.slow
@@ -121,15 +157,15 @@ def test_the_hub_is_read_at_the_commit_of_its_branch(
     assert records[2].place == f"{tmp_path} (test):3"
 
 
-@pytest.mark.parametrize("benchmark", [GSM8K, MATH, BFCL, SAFETY], ids=lambda b: str(b.name))
+@pytest.mark.parametrize("name", ASKED_FOR)
 def test_without_network_the_hub_is_refused_with_the_way_out(
-    benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(DataError, match=rf"the hub cannot be read .*give {benchmark.name} a local"
-                       ) as raised:
-        benchmark.read(ProblemSource())
+    with pytest.raises(DataError, match=r"the hub cannot be read \(.*\); give a local copy with "
+                       rf"evaluation\.paths='\{{{name}: PATH\}}'$") as raised:
+        ASKED_FOR[name].read(ProblemSource())
     assert "\n" not in str(raised.value)
 
 

@@ -181,6 +181,10 @@ def test_a_folder_of_either_version_is_read_with_its_tools_before_the_question(
 @pytest.mark.parametrize(("changes", "message"), [
     ({"id": 7}, "'id' must be text"),
     ({"function": []}, "'function' must be a list of objects with name and parameters"),
+    *(({"function": [MIX_PAINT | {"parameters": parameters}]}, "'function' must be a list of")
+      for parameters in (None, {"properties": []}, {"properties": {"a": "string"}},
+                         {"properties": {"a": {"type": ["string"]}}}, {"required": "a"},
+                         {"properties": {"a": {"items": [{"type": "string"}]}}})),
     ({"question": [["hi"]]}, "'question' must be turns of messages with role and content"),
     ({"question": [[{"role": "tool", "content": "x"}]]}, "'question' has the unknown role 'tool'"),
     ({"question": [[{"role": "user", "content": " "}]]}, "'question' has a message without text"),
@@ -211,17 +215,20 @@ def test_a_broken_accepted_answer_is_named_with_its_line(
 
 def test_a_folder_without_a_category_names_it(tmp_path: Path) -> None:
     (write_folder(tmp_path) / "BFCL_v4_parallel.json").unlink()
-    with pytest.raises(DataError, match=r"no file for bfcl's category parallel; expected BFCL_v4_"):
+    with pytest.raises(DataError, match=r"no file for bfcl's category parallel, such as BFCL_v4_par"
+                       r"allel\.json; give .*tool_accuracy: PATH"):
         BFCL.read(ProblemSource(path=tmp_path))
-    with pytest.raises(DataError, match=r"simple\.json: no such file or folder"):
-        BFCL.read(ProblemSource(path=tmp_path / "simple.json"))
+    with pytest.raises(DataError, match=r"BFCL_v4_multiple\.json: not a folder; give "):
+        BFCL.read(ProblemSource(path=tmp_path / "BFCL_v4_multiple.json"))
 
 
 def test_the_hubs_files_are_those_that_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path, version=3)
-    (folder / "BFCL_v3_java.json").write_text("not wanted")
+    unwanted = ("BFCL_v3_java.json", "BFCL_v3_live_simple.json")
+    for name in unwanted:
+        (folder / name).write_text("not wanted")
     wanted: list[str] = []
 
     def snapshot(repository: str, *, allow_patterns: list[str], **place: str) -> str:
@@ -235,7 +242,7 @@ def test_the_hubs_files_are_those_that_are_read(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert len(BFCL.read(ProblemSource())) == 5
     assert len(wanted) == 9
-    assert "BFCL_v3_java.json" not in wanted
+    assert not set(unwanted) & set(wanted)
 
 
 @functools.cache

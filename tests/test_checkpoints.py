@@ -757,7 +757,8 @@ def test_a_run_can_be_resumed_with_its_own_settings(
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
                            RunIdentity(
-                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
+                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu",
+                               Precision.FP32, False,
                            ))
     moved = _config(tmp_path / "moved", **{"data": DataConfig(), **changes}).resolve()
     run.check_config(moved)
@@ -780,7 +781,8 @@ def test_a_run_is_not_resumed_as_another_run(
 ) -> None:
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
                            RunIdentity(
-                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
+                               "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu",
+                               Precision.FP32, False,
                            ))
     with pytest.raises(UserError, match=r"^cannot resume") as refusal:
         run.check_config(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve())

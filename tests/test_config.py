@@ -458,7 +458,7 @@ def test_a_bad_override_is_refused_in_one_line_that_names_it(
     ({"scale": "../scale/tiny"}, "scale '../scale/tiny'"),
     ({"data": "nowhere"}, "data 'nowhere': choose one of embedded, gsm8k, guide"),
     ({"gates": "none"}, "gates 'none': choose one of guide"),
-    ({"preset": "desktop"}, "preset 'desktop': choose one of full, laptop"),
+    ({"preset": "desktop"}, "preset 'desktop': choose one of full, gate, laptop"),
     ({"optimizer": "adam"}, "optimizer"),
 ])
 def test_an_unknown_group_member_is_refused_with_the_known_ones(

@@ -69,8 +69,8 @@ def test_a_version_is_measured_and_the_record_leads_from_one_to_the_other(
 ) -> None:
     done = _evaluate(trained, "models:/svend-debug@standard",
                      "accuracy,tool_accuracy,latency_p99,perplexity",
-                     **{"evaluation.latency_prompt_tokens": "8", "evaluation.latency_new_tokens": "8",
-                        "evaluation.latency_answers": "5"})
+                     **{"evaluation.latency_prompt_tokens": "8",
+                        "evaluation.latency_new_tokens": "8", "evaluation.latency_answers": "5"})
     assert done.returncode == 0, done.stdout
     assert "production: not decided; needs gsm8k_accuracy, safety_accuracy too" in done.stdout
     version = _version(trained)
@@ -81,7 +81,8 @@ def test_a_version_is_measured_and_the_record_leads_from_one_to_the_other(
     assert run.info.status == "FINISHED"
     for metric in ("accuracy", "tool_accuracy", "latency_p99", "perplexity"):
         assert f"eval/{metric}" in run.data.metrics
-        assert version.tags[f"eval.{metric}"].startswith(f"{run.data.metrics[f'eval/{metric}']:.6g}")
+        value = run.data.metrics[f"eval/{metric}"]
+        assert version.tags[f"eval.{metric}"].startswith(f"{value:.6g}")
     assert "gate.full.tool_accuracy" in version.tags
     samples = _samples(trained, run.info.run_id, "tool_execution", tmp_path)
     assert len(samples) == 12

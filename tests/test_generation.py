@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svend.errors import DataError
+from svend.device import can_compile
+from svend.device import multiplies_in_bf16
+from svend.errors import ConfigError, DataError
 from svend.models.config import TransformerConfig
 from svend.models.generation import Completion, Decoder, PlainTurn, Request, Sampling
+from svend.models.kv_cache import BLOCK
+from svend.models.quantization import measure_quantization_loss
 from svend.models.sampling import choose_tokens, uniform
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Precision
@@ -102,6 +106,68 @@ def test_inserted_tokens_are_read_as_if_they_had_been_in_the_prompt(
     assert completion.tokens == expected
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_rows_that_cross_blocks_of_the_cache_stay_right(lanes: int) -> None:
+    lengths = [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 3]
+    prompts = [[(number * 31 + place) % VOCABULARY for place in range(length)]
+               for number, length in enumerate(lengths)]
+    decoder = make_decoder(lanes=lanes, max_length=3 * BLOCK)
+    completions = decode(decoder, [Request(prompt, PlainTurn(6)) for prompt in prompts])
+    assert [c.tokens for c in completions] == [uncached(MODEL, p, 6) for p in prompts]
+
+
+def test_only_inserted_tokens_are_read_anew() -> None:
+    inserted = [number % VOCABULARY for number in range(BLOCK + 12)]
+    decoder = make_decoder(lanes=1, max_length=3 * BLOCK)
+    (completion,) = decode(decoder, [Request([1] * 40, Inserting({2: inserted}, 4))])
+    first = uncached(MODEL, [1] * 40, 2)
+    rest = uncached(MODEL, [*[1] * 40, *first, *inserted], 2)
+    assert completion.tokens == [*first, *inserted, *rest]
+    # The prompt, then the inserted ones after the token that they follow.
+    assert decoder.prefilled_tokens == 40 + 1 + len(inserted)
+    assert decoder.steps == 2
+
+
+def test_a_decoder_keeps_the_weights_that_it_was_made_with() -> None:
+    model = make_model()
+    decoders = [make_decoder(model, precision=p) for p in (Precision.FP32, Precision.BF16)]
+    before = [decoder.score([1, 2, 3]) for decoder in decoders]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for decoder, logits_TV in zip(decoders, before, strict=True):
+        assert torch.equal(decoder.score([1, 2, 3]), logits_TV)
+
+
+def test_prompts_are_checked_before_anything_runs() -> None:
+    decoder = make_decoder()
+    asked = [Request([1, 2], PlainTurn(3)), Request([1] * 65, PlainTurn(3))]
+    with pytest.raises(DataError, match="^request 1: a prompt of 65 tokens leaves no room"):
+        decoder.generate(asked)
+    assert decoder.prefilled_tokens == 0
+
+
+def test_what_has_lost_its_cache_does_not_go_on() -> None:
+    decoder = make_decoder(lanes=1)
+    first = decoder.generate([Request([1], PlainTurn(2)), Request([2], PlainTurn(2))])
+    next(first)
+    assert len(list(decoder.generate([Request([3], PlainTurn(2))]))) == 1
+    with pytest.raises(RuntimeError, match="used for something else"):
+        list(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_compiled_step_gives_the_tokens_of_the_other(int8: bool) -> None:
+    asked = [([number + 1] * (1 + number * 5 % 17), 3 + number * 7 % 11) for number in range(9)]
+    eager, compiled = (
+        decode(make_decoder(lanes=3, precision=Precision.BF16, compiled=compiled, int8=int8),
+               [Request(prompt, PlainTurn(count)) for prompt, count in asked])
+        for compiled in (False, True)
+    )
+    assert compiled == eager
+
+
 def test_the_logits_of_a_text_are_those_of_the_uncached_model() -> None:
     tokens = list(range(50))
     with torch.no_grad():
@@ -146,6 +212,58 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_number_of_lanes(
         assert tokens == decoded[0][0]
         assert logits.keys() == decoded[0][1].keys()
         assert all(torch.equal(logits[key], decoded[0][1][key]) for key in logits)
+
+
+def test_what_is_drawn_does_not_depend_on_the_other_rows() -> None:
+    # Of a real vocabulary, which is where torch sums a single row in another order than several.
+    logits_RV = torch.randn(9, 32768, generator=torch.Generator().manual_seed(0)) * 3
+    numbers = [uniform(1, row) for row in range(9)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for sampling in (Sampling(1.0), Sampling(0.8, top_k=50), Sampling(1.0, top_p=0.9)):
+            alone = [choose_tokens(logits_RV[row : row + 1], sampling, [numbers[row]])[0]
+                     for row in range(9)]
+            assert alone == choose_tokens(logits_RV, sampling, numbers)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"precision": Precision.BF16}, {"int8": True}, {"invariant": True},
+])
+def test_a_decoder_keeps_the_weights_that_it_was_made_with(changes: dict[str, object]) -> None:
+    model = make_model()
+    decoder = make_decoder(model, **changes)
+    before_TV = decoder.score([1, 2, 3])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-2)
+    assert torch.equal(decoder.score([1, 2, 3]), before_TV)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile finds no compiler")
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_compiled_step_gives_the_eager_ones_tokens(int8: bool) -> None:
+    def requests() -> list[Request]:
+        # Of several lengths, so that the number of rows varies, and one longer than a block.
+        prompts = [[1], [2, 3], list(range(60)), list(range(90)) * 2]
+        return [Request(p, PlainTurn(5 + 3 * n), n) for n, p in enumerate(prompts * 2)]
+
+    eager, compiled = (
+        make_decoder(lanes=3, max_length=220, int8=int8, invariant=True, compiled=compiled,
+                     sampling=Sampling(0.8, top_p=0.9))
+        for compiled in (False, True)
+    )
+    torch._dynamo.utils.counters.clear()
+    assert [c.tokens for c in decode(compiled, requests())] == [
+        c.tokens for c in decode(eager, requests())
+    ]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    # Of the step as a whole: nothing in it was left to Python.
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_finished_rows_make_room_for_waiting_ones_at_once() -> None:
@@ -245,6 +363,68 @@ def test_a_token_of_no_probability_is_never_drawn(seed: int, number: float) -> N
         assert choose_tokens(logits_NV, Sampling(1.0, top_p=1e-9), [drawn]) == likeliest[:1]
 
 
+@pytest.mark.parametrize("vocabulary", [97, 1000, 4096])
+@pytest.mark.parametrize("sampling", [
+    Sampling(1.0), Sampling(0.5, top_k=30), Sampling(1.5, top_p=0.9), Sampling(1.0, 200, 0.5),
+])
+def test_a_token_is_drawn_as_from_the_sorted_distribution(
+    vocabulary: int, sampling: Sampling
+) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits_RV = 2 * torch.randn(40, vocabulary, generator=generator)
+    uniforms = [uniform(5, row) for row in range(40)]
+    drawn = choose_tokens(logits_RV, sampling, uniforms)
+    # Each alone gives the same: no row looks at another.
+    assert drawn == [
+        choose_tokens(logits_RV[row : row + 1], sampling, [uniforms[row]])[0] for row in range(40)
+    ]
+    for token, number, logits_V in zip(drawn, uniforms, logits_RV.double(), strict=True):
+        ordered_V, order_V = (logits_V / sampling.temperature).sort(descending=True)
+        if sampling.temperature == 1.0 and sampling.top_k is None:
+            order_V = torch.arange(vocabulary)  # without a cut there is nothing to sort
+            ordered_V = logits_V
+        kept = vocabulary if sampling.top_k is None else min(sampling.top_k, vocabulary)
+        mass_V = ordered_V[:kept].softmax(0).cumsum(0)
+        nucleus = int((mass_V < sampling.top_p - 1e-12).sum()) + 1
+        mass_V = mass_V[:nucleus]
+        place = int((mass_V <= number * mass_V[-1]).sum())
+        near = order_V[max(0, place - 1) : place + 2].tolist()
+        assert token == order_V[place] or (
+            # Of rounding, where the number lies on the border of two tokens.
+            token in near and (mass_V / mass_V[-1] - number).abs().min() < 1e-6
+        )
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"temperature": -1.0}, "temperature = -1.0: must be 0 or more"),
+    ({"top_k": 0}, "top_k = 0: must be at least 1"),
+    ({"top_p": 0.0}, "top_p = 0.0: must be above 0 and at most 1"),
+    ({"top_p": 1.5}, "top_p = 1.5: must be above 0 and at most 1"),
+])
+def test_what_is_no_way_of_drawing_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**changes)  # type: ignore[arg-type]
+
+
+def test_the_loss_by_int8_is_that_of_the_same_text() -> None:
+    texts = [[(number * 7 + place * place) % VOCABULARY for place in range(30 + number)]
+             for number in range(4)]
+    measured = measure_quantization_loss(MODEL, texts, Precision.FP32)
+    total = sum(len(text) - 1 for text in texts)
+    with torch.no_grad():
+        summed = sum(
+            float(torch.nn.functional.cross_entropy(
+                MODEL(torch.tensor([text]))[0, :-1], torch.tensor(text[1:]), reduction="sum"
+            )) for text in texts
+        )
+    assert measured.tokens == total
+    assert measured.loss == pytest.approx(summed / total, rel=1e-4)
+    assert measured.difference == pytest.approx(0, abs=4 * measured.standard_error + 0.02)
+    assert 0 < measured.standard_error < 0.05
+    assert 0.8 < measured.equal_greedy < 1
+    assert measure_quantization_loss(MODEL, texts[:1], Precision.FP32).standard_error == torch.inf
+
+
 def test_int8_is_close_to_what_it_rounds() -> None:
     tokens = list(range(40))
     exact_TV, rounded_TV = (make_decoder(int8=int8).score(tokens) for int8 in (False, True))
@@ -254,9 +434,16 @@ def test_int8_is_close_to_what_it_rounds() -> None:
     assert 0 < error < 0.12 * spread
 
 
-def test_bf16_is_as_close_as_its_rounding() -> None:
+def test_bf16_rounds_the_weights_and_nothing_else() -> None:
     tokens = list(range(40))
-    exact_TV = make_decoder().score(tokens)
-    rounded_TV = make_decoder(precision=Precision.BF16).score(tokens)
-    error = float((rounded_TV - exact_TV).std() / exact_TV.std())
-    assert 1e-4 < error < 0.03
+    model = make_model()
+    decoder = make_decoder(model, precision=Precision.BF16)
+    exact_TV, rounded_TV = make_decoder(model).score(tokens), decoder.score(tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(parameter.bfloat16())
+        expected_TV = model(torch.tensor([tokens]))[0]
+    assert float((rounded_TV - exact_TV).std() / exact_TV.std()) > 1e-4
+    if not multiplies_in_bf16():  # else the inputs of products are rounded too
+        torch.testing.assert_close(rounded_TV, expected_TV, rtol=1e-4, atol=1e-4)

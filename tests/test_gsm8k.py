@@ -56,6 +56,12 @@ def test_commas_signs_and_currencies_do_not_hide_the_number(expected: str, text:
     assert is_right(expected, text)
 
 
+def test_a_number_is_exact_whatever_its_length() -> None:
+    digits = "7" * 1_500_000  # more than decimal arithmetic has room for
+    assert read_result(f"#### -{digits}") == Decimal(f"-{digits}")
+    assert not is_right("-" + digits[:60], f"#### -{digits[:59]}8")
+
+
 def test_what_a_tool_returned_is_no_answer() -> None:
     problem = Problem("x", "gsm8k", (), "18", Decimal(18))
     called = Answer((Message(Role.TOOL_CALL, "{}"), Message(Role.TOOL, "#### 18")), 1)

@@ -74,6 +74,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", default=["hf bf16", "hf fp32"], metavar="NAME",
                         help="of 'hf bf16' 'hf fp32' (default: both)")
     parser.add_argument("--json", metavar="PATH", help="write all figures there")
+    parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -94,6 +95,7 @@ def run_generate(options: argparse.Namespace) -> int:
         describe_quantization,
         load_model,
         make_workloads,
+        plot_comparisons,
         to_json,
     )
 
@@ -109,6 +111,8 @@ def run_generate(options: argparse.Namespace) -> int:
         console.print(comparison_table(comparison))
     if options.json:
         Path(options.json).write_text(to_json(comparisons) + "\n", encoding="utf-8")
+    if options.plot:
+        plot_comparisons(comparisons, Path(options.plot))
     return 0
 
 

@@ -212,6 +212,36 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
+def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Draw every contestant's useful tokens a second, a panel for each workload.
+
+    A bar is the median over rounds; the line across its end goes from the slowest to the fastest.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(comparisons), figsize=(3.2 * len(comparisons), 3.4), squeeze=False,
+        layout="constrained",
+    )
+    for axis, comparison in zip(axes[0], comparisons, strict=True):
+        for place, timing in enumerate(comparison.timings):
+            ours = timing.contestant in (OURS, OURS_INT8)
+            bar = axis.bar(place, timing.median, color="tab:blue" if ours else "tab:gray")
+            axis.vlines(
+                place, min(timing.tokens_per_second), max(timing.tokens_per_second), color="black"
+            )
+            axis.bar_label(bar, fmt="{:,.0f}", label_type="center", color="white", fontsize=8)
+        names = [timing.contestant for timing in comparison.timings]
+        axis.set_xticks(range(len(names)), names, rotation=45)
+        axis.set_title(comparison.workload, fontsize=10)
+    axes[0][0].set_ylabel("useful tokens per second")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def to_json(comparisons: Sequence[Comparison]) -> str:
     """Return all figures as JSON."""
     return json.dumps([asdict(comparison) for comparison in comparisons], indent=1)

@@ -27,7 +27,9 @@ from svend.evaluation.reading import (
 )
 from svend.tools.toolbox import Call, InvalidCall, read_call
 
-REPOSITORY = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"
+# Its files are several: read by category, not by these stems.
+DATASET = DatasetPlace("bfcl", (), "gorilla-llm/Berkeley-Function-Calling-Leaderboard",
+                       asked_as="tool_accuracy")
 IRRELEVANCE = "irrelevance"
 # Each category, and what its file was called in older versions.
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -67,7 +69,7 @@ def read_problems(source: ProblemSource) -> list[Problem]:
 
     Raises DataError if a category's file, or the accepted answer to a problem, is missing.
     """
-    folder = _download() if source.path is None else benchmark_folder(source.path, "bfcl")
+    folder = _download() if source.path is None else benchmark_folder(source.path, DATASET)
     problems = []
     for category in CATEGORIES:
         file = _category_file(folder, category)
@@ -112,8 +114,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Measurement]:
 
 
 def _records(file: Path) -> list[PlacedRecord]:
-    place = DatasetPlace("bfcl", (file.stem,), REPOSITORY)
-    return read_records(ProblemSource(path=file), place)
+    return read_records(ProblemSource(path=file), DATASET)
 
 
 def _category_file(folder: Path, category: str) -> Path:
@@ -125,30 +126,25 @@ def _category_file(folder: Path, category: str) -> Path:
         if files:
             return files[max(files)]
     raise DataError(
-        f"{folder.absolute()}: no file for bfcl's category {category}; expected "
-        f"BFCL_v4_{CATEGORIES[category][0]}.json"
+        f"{folder.absolute()}: no file for bfcl's category {category}, such as "
+        f"BFCL_v4_{CATEGORIES[category][0]}.json; {DATASET.way_out}"
     )
 
 
 def _download() -> Path:
-    """Fetch the categories' files from the hub, or find them where they were fetched before."""
+    """Fetch the categories' files from the hub; those that were fetched before are kept."""
     from huggingface_hub import snapshot_download
 
     names = [name for names in CATEGORIES.values() for name in names]
-    patterns = [f"{folder}BFCL_v*_{name}.json" for name in names
+    patterns = [f"{folder}BFCL_v[0-9]_{name}.json" for name in names
                 for folder in ("", "possible_answer/")]
     try:
-        commit = hub_commit(REPOSITORY, "main")
+        commit = hub_commit(DATASET.repository, "main")
         return Path(snapshot_download(
-            REPOSITORY, repo_type="dataset", revision=commit, allow_patterns=patterns
+            DATASET.repository, repo_type="dataset", revision=commit, allow_patterns=patterns
         ))
-    except DataError as error:
-        raise local_copy_wanted(error, "tool_accuracy") from error
     except Exception as error:
-        raise DataError(
-            f"{REPOSITORY}: the hub cannot be read ({type(error).__name__}); give bfcl a local "
-            "folder with these files"
-        ) from error
+        raise local_copy_wanted(error, DATASET) from error
 
 
 def _problem(
@@ -175,10 +171,24 @@ def _functions(record: PlacedRecord) -> list[dict[str, Any]]:
     functions = record.column("function")
     if not isinstance(functions, list) or not functions or not all(
         isinstance(function, dict) and isinstance(function.get("name"), str)
-        and isinstance(function.get("parameters"), dict) for function in functions
+        and _is_schema(function.get("parameters")) for function in functions
     ):
-        raise record.error("'function' must be a list of objects with name and parameters")
+        raise record.error(
+            "'function' must be a list of objects with name and parameters, as a JSON schema"
+        )
     return functions
+
+
+def _is_schema(value: Any) -> bool:
+    """Whether a declaration has the parts that are read here in the shape of JSON schema's."""
+    if not isinstance(value, dict) or not isinstance(value.get("type", ""), str):
+        return False
+    properties = value.get("properties", {})
+    return (
+        isinstance(properties, dict) and all(map(_is_schema, properties.values()))
+        and ("items" not in value or _is_schema(value["items"]))
+        and isinstance(value.get("required", []), list)
+    )
 
 
 def _turns(record: PlacedRecord) -> list[Message]:
@@ -227,7 +237,7 @@ BFCL = Benchmark(
     score=score,
     summarize=summarize,
     max_new_tokens=512,
-    source=f"{REPOSITORY} (simple, multiple, parallel, parallel_multiple, irrelevance)",
+    source=f"{DATASET.repository} (simple, multiple, parallel, parallel_multiple, irrelevance)",
     licence="Apache-2.0",
     metrics=(METRIC, *(f"{METRIC}/{category}" for category in CATEGORIES)),
 )

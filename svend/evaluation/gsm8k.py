@@ -36,7 +36,8 @@ def read_result(text: str) -> Decimal | None:
         value = Decimal(digits.replace(",", "").rstrip("."))
     except InvalidOperation:
         return None
-    return -value if before or after else value
+    # Unlike unary minus, this neither rounds nor overflows, however long the number.
+    return value.copy_negate() if before or after else value
 
 
 def read_problems(source: ProblemSource) -> list[Problem]:

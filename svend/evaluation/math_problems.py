@@ -5,9 +5,9 @@ By default its 500 test problems of Lightman et al. 2023 (arXiv:2305.20050).
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
+from collections.abc import Sequence
 
 from svend.data.documents import Message, Role
 from svend.evaluation.benchmark import (
@@ -84,10 +84,21 @@ def read_problems(source: ProblemSource) -> list[Problem]:
 
 
 def score(problem: Problem, answer: Answer) -> Score:
-    """Compare the answer's last box to the expected answer, as expressions.
+    """Score one answer; where there are many, `score_many` starts its process but once."""
+    return score_many([problem], [answer])[0]
+
+
+def score_many(problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Score]:
+    """Compare each answer's last box to the expected answer, as expressions.
 
     An answer without a box is wrong, and so is one that cannot be compared within the time limit.
+    The process that compares them is started when first needed, and ends with the last answer.
     """
+    with IsolatedCaller(prepare=(f"{__name__}:warm_up",)) as caller:
+        return [_score(p, a, caller) for p, a in zip(problems, answers, strict=True)]
+
+
+def _score(problem: Problem, answer: Answer, caller: IsolatedCaller) -> Score:
     answered = last_boxed(answer.text)
     if not answered:
         return Score(False, "", r"no \boxed{} with an answer")
@@ -96,7 +107,7 @@ def score(problem: Problem, answer: Answer) -> Score:
     if len(answered) > MAX_ANSWER_CHARACTERS:
         return Score(False, answered[:MAX_ANSWER_CHARACTERS], "too long for an answer")
     try:
-        equal = _isolated().call(
+        equal = caller.call(
             f"{__name__}:equivalent", [problem.expected, answered], TIMEOUT_SECONDS
         )
     except TimeLimitExceeded:
@@ -104,11 +115,6 @@ def score(problem: Problem, answer: Answer) -> Score:
     except IsolatedCallError as error:
         return Score(False, answered, f"could not be compared ({error})")
     return Score(equal, answered, "" if equal else "not equivalent to what is expected")
-
-
-@functools.cache
-def _isolated() -> IsolatedCaller:
-    return IsolatedCaller(prepare=(f"{__name__}:warm_up",))
 
 
 def _problem(record: PlacedRecord, index: int) -> Problem:
@@ -137,6 +143,7 @@ MATH = Benchmark(
     name="math",
     read=read_problems,
     score=score,
+    score_many=score_many,
     summarize=share_correct("math_accuracy"),
     max_new_tokens=1024,
     source="HuggingFaceH4/MATH-500 (split test); hendrycks/competition_math has the same columns",

@@ -26,6 +26,9 @@ from svend.data.records import (
 from svend.errors import DataError
 from svend.evaluation.benchmark import Problem, ProblemSource
 
+# What `svend.data.records` says after a hub's fault: the way out for training data.
+TRAINING_WAY_OUT = "; give a local copy"
+
 
 @dataclass(frozen=True)
 class DatasetPlace:
@@ -42,6 +45,11 @@ class DatasetPlace:
     subset: str | None = None
     split: str = "test"
     asked_as: str | None = None
+
+    @property
+    def way_out(self) -> str:
+        """What a user can do where the data set cannot be read."""
+        return f"give a local copy with evaluation.paths='{{{self.asked_as or self.name}: PATH}}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +106,28 @@ def find_files(path: Path, dataset: DatasetPlace) -> list[Path]:
     path = path.expanduser()
     if path.is_file():
         return [path]
-    folder = benchmark_folder(path, dataset.name)
+    folder = benchmark_folder(path, dataset)
     files = find_split(folder, *dataset.stems)
     if not files:
         expected = " or ".join(f"{stem}.jsonl" for stem in dataset.stems)
         raise DataError(
-            f"{folder.absolute()}: no file for {dataset.name}; expected {expected} (or .jsonl.gz, "
-            ".parquet, .csv)"
+            f"{folder.absolute()}: no file for {dataset.name}, such as {expected} (or .jsonl.gz, "
+            f".parquet, .csv); {dataset.way_out}"
         )
     return files
 
 
-def benchmark_folder(path: Path, name: str) -> Path:
+def benchmark_folder(path: Path, dataset: DatasetPlace) -> Path:
     """Return the folder of a benchmark: the one under its name in `path`, else `path` itself.
 
     Raises DataError if `path` is no folder.
     """
     path = path.expanduser()
     if not path.is_dir():
-        raise DataError(f"{path.absolute()}: no such file or folder; {name} is read from there")
-    return path / name if (path / name).is_dir() else path
+        fault = "not a folder" if path.exists() else "no such file or folder"
+        raise DataError(f"{path.absolute()}: {fault}; {dataset.way_out}")
+    own = path / dataset.name
+    return own if own.is_dir() else path
 
 
 def choose(
@@ -142,13 +152,13 @@ def choose(
     return shuffled[:source.limit]
 
 
-def local_copy_wanted(error: DataError, name: str) -> DataError:
-    """Return the hub's error with what a benchmark's user can do about it.
-
-    name: the one under which a run asks for it.
-    """
-    reason = str(error).rpartition("; ")[0]
-    return DataError(f"{reason}; give a local copy with evaluation.paths='{{{name}: PATH}}'")
+def local_copy_wanted(error: Exception, dataset: DatasetPlace) -> DataError:
+    """Return the hub's error in one line, with what a benchmark's user can do about it."""
+    fault = str(error).partition(TRAINING_WAY_OUT)[0]
+    if not isinstance(error, DataError):
+        first_line = fault.strip().partition("\n")[0][:200] or type(error).__name__
+        fault = f"{dataset.repository}: the hub cannot be read ({first_line})"
+    return DataError(f"{fault}; {dataset.way_out}")
 
 
 def _hub_chunks(dataset: DatasetPlace) -> Iterator[Chunk]:
@@ -158,7 +168,7 @@ def _hub_chunks(dataset: DatasetPlace) -> Iterator[Chunk]:
             dataset.repository, dataset.subset, dataset.split, commit, sys.maxsize
         )
     except DataError as error:
-        raise local_copy_wanted(error, dataset.asked_as or dataset.name) from error
+        raise local_copy_wanted(error, dataset) from error
 
 
 def _record(chunk: Chunk, index: int) -> PlacedRecord:

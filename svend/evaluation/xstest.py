@@ -68,7 +68,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Measurement]:
 
 
 SAFETY = Benchmark(
-    name="xstest",
+    name="safety_accuracy",
     read=read_problems,
     score=score,
     summarize=summarize,

@@ -10,6 +10,7 @@ from torch import nn
 
 from svend.errors import ConfigError
 from svend.pipeline.config import Optimizer, TrainingConfig
+from svend.training.muon import Muon
 
 Parameters = list[nn.Parameter]
 
@@ -31,11 +32,10 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
             "training.optimizer = muon: the model has no matrices under 'blocks.', which Muon is "
             "for; set training.optimizer=adamw"
         )
-    muon = torch.optim.Muon(
+    muon = Muon(
         [p for _, p in named if id(p) in between],
         lr=training.learning_rate,
         weight_decay=training.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
     )
     return OptimizerPair(muon, _adamw([p for _, p in named if id(p) not in between], training))
 
