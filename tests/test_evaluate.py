@@ -94,21 +94,20 @@ def test_a_version_is_measured_and_the_record_leads_from_one_to_the_other(
     assert sorted(version.aliases) == ["quick", "standard"]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
 def test_the_same_seed_gives_the_same_answers_whatever_the_batch_size(
-    trained: Workplace, tmp_path: Path, sampled: bool
+    trained: Workplace, tmp_path: Path
 ) -> None:
     answers = []
-    for batch_size in ("1", "5", "32"):
+    for batch_size in ("1", "32"):
         done = _evaluate(
             trained, "models:/svend-debug/1", "tool_accuracy",
-            **{"evaluation.batch_size": batch_size},
-            **({"evaluation.temperature": "0.8", "evaluation.seed": "3"} if sampled else {}),
+            **{"evaluation.batch_size": batch_size, "evaluation.temperature": "0.8",
+               "evaluation.seed": "3"},
         )
         assert done.returncode == 0, done.stdout
         run_id = _version(trained).tags["svend.evaluation_run_id"]
         answers.append(_samples(trained, run_id, "tool_execution", tmp_path / batch_size))
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(("model", "benchmarks", "named"), [

@@ -41,6 +41,8 @@ P = TypeVar("P", GymProblem, ToolProblem)
 _toolbox = Toolbox()
 
 
+# A ladder asks the same after every rung.
+@functools.lru_cache(maxsize=4)
 def read_reasoning(source: ProblemSource) -> list[Problem]:
     """Return held-out reasoning problems, each task and level in turn."""
     seen: set[int] = set()
@@ -58,6 +60,7 @@ def read_reasoning(source: ProblemSource) -> list[Problem]:
     ]
 
 
+@functools.lru_cache(maxsize=4)
 def read_tool_use(source: ProblemSource) -> list[Problem]:
     """Return held-out problems that a tool solves, each task and level in turn."""
     seen: set[int] = set()
