@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
 def test_a_path_without_the_benchmark_says_what_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: no such file or folder" + WAY_OUT):
         read_records(ProblemSource(path=tmp_path / "nowhere"), PLACE)
-    with pytest.raises(DataError, match=r"no file for own, such as test\.jsonl or own\.jsonl .*"
+    with pytest.raises(DataError, match=r"no file for own; expected test\.jsonl or own\.jsonl .*"
                        + WAY_OUT):
         read_records(ProblemSource(path=tmp_path), PLACE)
 

@@ -215,8 +215,8 @@ def test_a_broken_accepted_answer_is_named_with_its_line(
 
 def test_a_folder_without_a_category_names_it(tmp_path: Path) -> None:
     (write_folder(tmp_path) / "BFCL_v4_parallel.json").unlink()
-    with pytest.raises(DataError, match=r"no file for bfcl's category parallel, such as BFCL_v4_par"
-                       r"allel\.json; give .*tool_accuracy: PATH"):
+    with pytest.raises(DataError, match=r"no file for bfcl's category parallel; expected BFCL_v4_"
+                       r"parallel\.json; give .*tool_accuracy: PATH"):
         BFCL.read(ProblemSource(path=tmp_path))
     with pytest.raises(DataError, match=r"BFCL_v4_multiple\.json: not a folder; give "):
         BFCL.read(ProblemSource(path=tmp_path / "BFCL_v4_multiple.json"))

@@ -126,7 +126,7 @@ def _category_file(folder: Path, category: str) -> Path:
         if files:
             return files[max(files)]
     raise DataError(
-        f"{folder.absolute()}: no file for bfcl's category {category}, such as "
+        f"{folder.absolute()}: no file for bfcl's category {category}; expected "
         f"BFCL_v4_{CATEGORIES[category][0]}.json; {DATASET.way_out}"
     )
 

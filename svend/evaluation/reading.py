@@ -111,7 +111,7 @@ def find_files(path: Path, dataset: DatasetPlace) -> list[Path]:
     if not files:
         expected = " or ".join(f"{stem}.jsonl" for stem in dataset.stems)
         raise DataError(
-            f"{folder.absolute()}: no file for {dataset.name}, such as {expected} (or .jsonl.gz, "
+            f"{folder.absolute()}: no file for {dataset.name}; expected {expected} (or .jsonl.gz, "
             f".parquet, .csv); {dataset.way_out}"
         )
     return files
