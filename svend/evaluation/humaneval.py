@@ -184,6 +184,7 @@ HUMANEVAL = Benchmark(
     score=score,
     summarize=summarize,
     max_new_tokens=512,
+    score_many=lambda problems, answers: score_answers(list(zip(problems, answers, strict=True))),
     source=f"{DATASET.repository}, from github.com/openai/human-eval",
     licence="MIT",
     metrics=tuple(_metric(k) for k in PASS_AT),
