@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svend.device import can_compile
-from svend.device import multiplies_in_bf16
+from svend.device import can_compile, multiplies_in_bf16
 from svend.errors import ConfigError, DataError
 from svend.models.config import TransformerConfig
 from svend.models.generation import Completion, Decoder, PlainTurn, Request, Sampling
@@ -128,21 +127,10 @@ def test_only_inserted_tokens_are_read_anew() -> None:
     assert decoder.steps == 2
 
 
-def test_a_decoder_keeps_the_weights_that_it_was_made_with() -> None:
-    model = make_model()
-    decoders = [make_decoder(model, precision=p) for p in (Precision.FP32, Precision.BF16)]
-    before = [decoder.score([1, 2, 3]) for decoder in decoders]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    for decoder, logits_TV in zip(decoders, before, strict=True):
-        assert torch.equal(decoder.score([1, 2, 3]), logits_TV)
-
-
 def test_prompts_are_checked_before_anything_runs() -> None:
     decoder = make_decoder()
     asked = [Request([1, 2], PlainTurn(3)), Request([1] * 65, PlainTurn(3))]
-    with pytest.raises(DataError, match="^request 1: a prompt of 65 tokens leaves no room"):
+    with pytest.raises(DataError, match=r"^request 1: a prompt of 65 tokens leaves no room"):
         decoder.generate(asked)
     assert decoder.prefilled_tokens == 0
 
@@ -154,18 +142,6 @@ def test_what_has_lost_its_cache_does_not_go_on() -> None:
     assert len(list(decoder.generate([Request([3], PlainTurn(2))]))) == 1
     with pytest.raises(RuntimeError, match="used for something else"):
         list(first)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_compiled_step_gives_the_tokens_of_the_other(int8: bool) -> None:
-    asked = [([number + 1] * (1 + number * 5 % 17), 3 + number * 7 % 11) for number in range(9)]
-    eager, compiled = (
-        decode(make_decoder(lanes=3, precision=Precision.BF16, compiled=compiled, int8=int8),
-               [Request(prompt, PlainTurn(count)) for prompt, count in asked])
-        for compiled in (False, True)
-    )
-    assert compiled == eager
 
 
 def test_the_logits_of_a_text_are_those_of_the_uncached_model() -> None:
@@ -253,8 +229,8 @@ def test_the_compiled_step_gives_the_eager_ones_tokens(int8: bool) -> None:
         return [Request(p, PlainTurn(5 + 3 * n), n) for n, p in enumerate(prompts * 2)]
 
     eager, compiled = (
-        make_decoder(lanes=3, max_length=220, int8=int8, invariant=True, compiled=compiled,
-                     sampling=Sampling(0.8, top_p=0.9))
+        make_decoder(lanes=3, max_length=220, precision=Precision.BF16, int8=int8, invariant=True,
+                     compiled=compiled, sampling=Sampling(0.8, top_p=0.9))
         for compiled in (False, True)
     )
     torch._dynamo.utils.counters.clear()
