@@ -10,13 +10,14 @@ from typing import NoReturn
 
 from svend import __version__
 from svend.bench import command as bench_command
-from svend.errors import ConfigError, UserError
+from svend.errors import ConfigError, Interrupted, UserError
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
     group_members,
     load_config,
     print_scale_comparison,
 )
+from svend.pipeline.sweep import command as sweep_command
 
 OVERRIDE_HELP = """\
 any value of the configuration can be set by its dotted key, such as
@@ -53,20 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         known, rest = _parser().parse_known_args(arguments)
-        if known.command == "scales":
-            if rest:
-                raise ConfigError(f"scales takes no option {rest[0]}")
-            print_scale_comparison()
-            return 0
-        if known.command == "bench":
-            if rest:
-                raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
-            timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
-                     "data": bench_command.run_data,
-                     "generate": bench_command.run_generate}
-            return timed[known.kind](known)
+        if known.command in ("scales", "bench"):
+            return _run_without_config(known, rest)
         if known.command == "evaluate":
             return _evaluate(known, rest)
+        if known.command == "sweep":
+            return _sweep(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
         return _run_pipeline(known, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,6 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the run began", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    name = f"bench {known.kind}" if known.command == "bench" else known.command
+    if rest:
+        raise ConfigError(f"{name} takes no option {rest[0]}; see --help")
+    if known.command == "scales":
+        print_scale_comparison()
+        return 0
+    measured = {
+        "bench train": bench_command.run,
+        "bench scaling": bench_command.run_scaling,
+        "bench data": bench_command.run_data,
+        "bench generate": bench_command.run_generate,
+    }
+    return measured[name](known)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
                           help="models:/NAME/VERSION or models:/NAME@ALIAS")
     evaluate.add_argument("--benchmarks", default="accuracy,tool_accuracy", metavar="NAME,NAME",
                           help=f"of {', '.join(BENCHMARK_NAMES)}; NAME_sample: 200 at most")
+    sweep = _config_command(
+        commands, "sweep", "search hyperparameters at small scale",
+        "Search hyperparameters at small scale: trials below one run, confirmed on fresh seeds. "
+        "Stopped or killed, the same command goes on.", sweep_command.HELP,
+    )
+    sweep_command.add_options(sweep)
     bench = commands.add_parser("bench", help="time training and tokenising beside their peers",
                                 description="Benchmarks, beside what one would use instead.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -146,14 +161,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config_command(
-    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str,
+    epilog: str = OVERRIDE_HELP,
 ) -> _Parser:
     """Add a command that takes the configuration's groups and overrides."""
     parser = commands.add_parser(
         name,
         help=summary,
         description=description,
-        epilog=OVERRIDE_HELP,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -176,6 +192,20 @@ def _evaluate(known: argparse.Namespace, rest: Sequence[str]) -> int:
         _end_joined_run(error)
         raise
     return 0
+
+
+def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]) -> int:
+    try:
+        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        found = sweep_command.run(known, groups, _overrides(rest), arguments)
+    except UserError as error:
+        if not known.join:
+            _end_joined_run(error)
+        raise
+    except Interrupted as interruption:
+        print(f"error: {interruption}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0 if found else EXIT_USER_ERROR
 
 
 def _end_joined_run(error: UserError) -> None:

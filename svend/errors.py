@@ -29,6 +29,10 @@ class GateFailure(UserError, RuntimeError):
     """A required gate failed under strict validation."""
 
 
+class TrialPruned(UserError):
+    """A trial of a sweep that is not worth going on with; no failure."""
+
+
 class Interrupted(BaseException):
     """The user or the scheduler asked the process to stop.
 

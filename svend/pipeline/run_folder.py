@@ -102,6 +102,14 @@ class RunFolder:
             f"under {where}; check the experiment's name and checkpoint_dir"
         )
 
+    @classmethod
+    def find_newest(cls, checkpoint_dir: str, experiment: str) -> RunFolder | None:
+        """Return the experiment's newest run that is finished or can go on, None if none is."""
+        for folder in reversed(list(_existing(checkpoint_dir, experiment))):
+            if folder.identity.finished or _has_checkpoint(folder.path):
+                return folder
+        return None
+
     def hold(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from svend.device import (
     keep_freed_memory,
     peak_bytes,
 )
-from svend.errors import ConfigError, GateFailure, Interrupted, UserError
+from svend.errors import ConfigError, GateFailure, Interrupted, TrialPruned, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
@@ -71,17 +71,36 @@ from svend.training.profiling import profiled_steps
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """How a run ended. `final_loss` is the held-out loss last measured, NaN if none was."""
+    """How a run ended. `final_loss` is the held-out loss last measured, NaN if none was.
+
+    `error` is the user's mistake, the failed gate or the stopped trial that ended it, if one did.
+    """
 
     scale: ModelScale
     success: bool
     final_loss: float
     training_time_seconds: float
     reason: str | None = None
+    error: UserError | None = None
     interrupted: bool = False
     run_id: str | None = None
     checkpoint_dir: Path | None = None
     registered: RegisteredVersion | None = None
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """What makes a run a trial of a sweep: it is below a parent, judged as it goes, and registers
+    no version.
+
+    judge: takes the step and the held-out loss after each evaluation; raises TrialPruned to end it.
+    begun: takes the MLflow run's id as soon as there is one.
+    """
+
+    parent_run_id: str
+    name: str
+    judge: Callable[[int, float], None]
+    begun: Callable[[str], None]
 
 
 logger = logging.getLogger(__name__)
@@ -92,12 +111,19 @@ STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 class PipelineRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
-    model_factory: builds the model of a scale in place of ReasoningTransformer.
+    model_factory: builds the model of a scale in place of ReasoningTransformer. trial: what a
+    sweep wants of the run.
     """
 
-    def __init__(self, config: PipelineConfig, model_factory: ModelFactory | None = None) -> None:
+    def __init__(
+        self,
+        config: PipelineConfig,
+        model_factory: ModelFactory | None = None,
+        trial: TrialRun | None = None,
+    ) -> None:
         self.config = config
         self.model_factory = model_factory
+        self.trial = trial
         self.validator = PipelineValidator(
             strict=config.strict_validation,
             gates=config.gates,
@@ -149,6 +175,7 @@ class PipelineRunner:
         self._job: Job | None = None
         tracked: TrackedRun | None = None
         status, reason = "FINISHED", None
+        failure: UserError | None = None
         registered = None
         with StopSignals() as signals:
             try:
@@ -170,8 +197,10 @@ class PipelineRunner:
                 registered = self._finish(job, signals)
                 if gate_full:
                     self._gate_full(job)
+            except TrialPruned as pruned:
+                failure, reason = pruned, str(pruned)
             except UserError as error:
-                status, reason = "FAILED", str(error)
+                failure, status, reason = error, "FAILED", str(error)
             except torch.OutOfMemoryError as error:
                 status = "FAILED"
                 reason = (
@@ -197,10 +226,11 @@ class PipelineRunner:
                     end_joined_run(status, reason)
         return PipelineResult(
             scale=self.config.training.model_scale,
-            success=status == "FINISHED",
+            success=status == "FINISHED" and failure is None,
             final_loss=self._job.final_loss if self._job else math.nan,
             training_time_seconds=time.monotonic() - started_seconds,
             reason=reason,
+            error=failure,
             interrupted=status == "KILLED",
             run_id=tracked.run_id if tracked else None,
             checkpoint_dir=self._job.folder.path if self._job else None,
@@ -225,10 +255,18 @@ class PipelineRunner:
 
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
         if folder is not None:
-            return TrackedRun.resume(folder.identity.run_id)
-        training = config.training
-        name = f"{training.model_scale.value}-{training.data.recipe}"
-        return TrackedRun.begin(training.experiment_name, name)
+            tracked = TrackedRun.resume(folder.identity.run_id)
+        elif self.trial is not None:
+            tracked = TrackedRun.begin(
+                config.training.experiment_name, self.trial.name, self.trial.parent_run_id
+            )
+        else:
+            training = config.training
+            name = f"{training.model_scale.value}-{training.data.recipe}"
+            tracked = TrackedRun.begin(training.experiment_name, name)
+        if self.trial is not None:
+            self.trial.begun(tracked.run_id)
+        return tracked
 
     def _train(self, job: Job, signals: StopSignals) -> None:
         """Iterate the loop; decide after each step whether to log, gate, save or stop."""
@@ -366,6 +404,8 @@ class PipelineRunner:
         """
         self._settle(job)
         measured = self._evaluate(job)
+        if self.trial is not None:
+            self.trial.judge(job.state.step, measured.loss)
         norm = float(metrics.gradient_norm)
         if job.state.scaler is not None and not math.isfinite(norm):
             norm = job.last_finite_norm  # fp16 scaling skipped the step, as it should
@@ -579,7 +619,7 @@ class PipelineRunner:
             job.state.step,
         )
         registered = None
-        if best is not None:
+        if best is not None and self.trial is None:
             rows = job.folder.read_verdicts(best.weights_sha256)
             registered = register_version(
                 job.tracked, job.folder, job.config, job.model_name, job.corpus, best,

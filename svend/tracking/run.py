@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,19 @@ class TrackedRun:
         self._mirror: WandbRun | None = None
 
     @classmethod
-    def begin(cls, experiment_name: str, run_name: str) -> TrackedRun:
-        """Join the run that `mlflow run` made, or begin one in the experiment."""
+    def begin(
+        cls, experiment_name: str, run_name: str, parent_run_id: str | None = None
+    ) -> TrackedRun:
+        """Join the run that `mlflow run` made, or begin one in the experiment, below a parent."""
         joined = RUN_ID in os.environ
         _configure()
         try:
             if not joined:
                 mlflow.set_experiment(experiment_name)
             name = None if joined else run_name
-            active = mlflow.start_run(run_name=name, log_system_metrics=True)
+            active = mlflow.start_run(
+                run_name=name, parent_run_id=parent_run_id, log_system_metrics=True
+            )
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:300]}; "
@@ -179,6 +183,33 @@ class TrackedRun:
             if self._mirror is not None:
                 unsent = self._mirror.end(int(status != "FINISHED"))
         return unsent
+
+
+def experiment_of(run_id: str) -> str:
+    """Return the name of a run's experiment. Raises TrackingError if the store has no such run."""
+    client = MlflowClient()
+    try:
+        experiment_id = client.get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
+            f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that has"
+        ) from error
+    return str(client.get_experiment(experiment_id).name)
+
+
+def end_orphans(parent_run_id: str, living: Collection[str], reason: str) -> None:
+    """End as KILLED the runs below a parent that still run, but for the living ones."""
+    client = MlflowClient()
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    below = client.search_runs(
+        [experiment_id],
+        f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'",
+    )
+    for run in below:
+        if run.info.run_id not in living:
+            client.set_tag(run.info.run_id, REASON_TAG, reason)
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def joined_experiment_name() -> str | None:

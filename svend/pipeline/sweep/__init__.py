@@ -1,0 +1,1 @@
+"""Hyperparameter searches at small scale. The only package that imports optuna."""

@@ -1,0 +1,309 @@
+"""The study: which trials there are, who runs them, and which of them were lost with their worker.
+
+Trials are claimed by Optuna's own step from waiting to running, which one worker alone can take. A
+trial whose worker died is closed as lost and put in line again, with its values, its number and its
+MLflow run: what was trained until its last checkpoint is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from svend.errors import ConfigError, UserError
+from svend.pipeline.sweep.options import Dimension, Pruner, Sampler, Sweep, Value
+
+DEFINITION, FINISHED, PARENT_RUN = "svend.definition", "svend.finished", "svend.parent_run"
+LOST = "svend.lost."  # and the number of a trial
+# What a trial carries.
+WORKER, BEAT, IN_LINE, ORIGIN, RUN, SURPLUS, TASK, REASON = (
+    "worker", "beat_seconds", "in_line", "origin", "run_id", "surplus", "task", "reason"
+)
+# A worker of another machine that has not been heard of for so long is taken for dead.
+SILENCE_SECONDS = 180.0
+CONFIRMATION_SUFFIX = ".confirmation"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study is kept: its name, its storage, and the folder of its trials and logs."""
+
+    study: str
+    storage: str
+    folder: Path
+
+    def open(self) -> BaseStorage:
+        """Return the storage. Raises UserError, in one line, if it cannot be used."""
+        if self.storage.startswith("sqlite"):
+            raise ConfigError(
+                f"storage = {self.storage}: workers of SQLite run the same trial twice; leave it "
+                "out for a journal file, or give postgresql://... or mysql://..."
+            )
+        try:
+            if "://" in self.storage:
+                return RDBStorage(self.storage)
+            Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(JournalFileBackend(self.storage))
+        except (ImportError, OSError) as error:
+            raise UserError(f"storage {self.storage}: {_one_line(error)}") from None
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("sqlalchemy", "optuna"):
+                raise UserError(f"storage {self.storage}: {_one_line(error)}") from None
+            raise
+
+
+class SweepStudy:
+    """A study as the sweep uses it."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+
+    @classmethod
+    def create(cls, place: Place, sweep: Sweep) -> SweepStudy:
+        """Return the study of this name, new or as far as it got.
+
+        Raises UserError if its space or settings were others, or if it is not a sweep's.
+        """
+        storage = place.open()
+        names = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+        study = optuna.create_study(
+            storage=storage, study_name=place.study, direction="minimize", load_if_exists=True
+        )
+        definition = sweep.definition()
+        told = study.user_attrs.get(DEFINITION)
+        if told is None and place.study in names and study.get_trials(deepcopy=False):
+            raise UserError(
+                f"study {place.study}: {place.storage} has one of that name that is no sweep of "
+                "Svend; give the sweep another name with --name, or another storage"
+            )
+        if told is None:
+            study.set_user_attr(DEFINITION, definition)
+        elif told != definition:
+            raise UserError(
+                f"study {place.study}: {_first_difference(told, definition)}; go on with what it "
+                "was, or give the sweep another name with --name"
+            )
+        return cls._with_means(study, sweep, 0)
+
+    @classmethod
+    def join(cls, place: Place, sweep: Sweep, worker: int) -> SweepStudy:
+        """Return the study for a worker, whose samples are its own."""
+        try:
+            study = optuna.load_study(study_name=place.study, storage=place.open())
+        except KeyError:
+            raise UserError(
+                f"study {place.study}: not in {place.storage}; begin it with svend sweep without "
+                "--join, or check --name and --storage"
+            ) from None
+        if study.user_attrs.get(DEFINITION) != sweep.definition():
+            told = study.user_attrs.get(DEFINITION, "{}")
+            raise UserError(
+                f"study {place.study}: {_first_difference(told, sweep.definition())}; join it with "
+                "the options that it was begun with"
+            )
+        return cls._with_means(study, sweep, worker)
+
+    @classmethod
+    def confirmation_of(cls, place: Place) -> SweepStudy:
+        """Return the study of reruns that belongs to a sweep, made if need be."""
+        return cls(optuna.create_study(
+            storage=place.open(), study_name=place.study + CONFIRMATION_SUFFIX,
+            direction="minimize", load_if_exists=True, sampler=RandomSampler(seed=0),
+            pruner=optuna.pruners.NopPruner(),
+        ))
+
+    @classmethod
+    def _with_means(cls, study: optuna.Study, sweep: Sweep, worker: int) -> SweepStudy:
+        study.sampler = make_sampler(sweep, sweep.config.seed + worker)
+        study.pruner = make_pruner(sweep)
+        return cls(study)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Every trial that counts, in order: neither lost nor surplus."""
+        lost = self._lost()
+        return [t for t in self.study.get_trials(deepcopy=False)
+                if t.number not in lost and not t.user_attrs.get(SURPLUS)]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.study.user_attrs.get(FINISHED))
+
+    @property
+    def parent_run_id(self) -> str:
+        return str(self.study.user_attrs[PARENT_RUN])
+
+    def claim(self, wanted: int) -> optuna.Trial | None:
+        """Return a trial to run, one put in line first; None if there is none for now.
+
+        wanted: how many trials there are to be in all; 0 where only those in line are.
+        """
+        counted = self.trials
+        waiting = any(t.state is TrialState.WAITING for t in counted)
+        if not waiting and len(counted) >= wanted:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self.study.ask()
+        before = sum(t.number < trial.number for t in self.trials)
+        if not trial.user_attrs.get(IN_LINE) and before >= wanted:  # another worker was faster
+            trial.set_user_attr(SURPLUS, True)
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        trial.set_user_attr(WORKER, worker_name())
+        self.beat(trial)
+        return trial
+
+    def beat(self, trial: optuna.Trial) -> None:
+        """Say that the trial's worker lives."""
+        trial.set_user_attr(BEAT, time.time())
+
+    def release(self, trial: FrozenTrial | optuna.Trial) -> None:
+        """Close a trial that its worker cannot end, and put it in line again."""
+        # In this order: whatever is interrupted, `recover` can tell where it was.
+        self.study.set_user_attr(f"{LOST}{trial.number}", True)
+        self.study.tell(trial.number, state=TrialState.FAIL)
+        self._enqueue_again(trial)
+
+    def recover(self) -> list[int]:
+        """Put in line again what was lost with a dead worker; return the trials' origins.
+
+        For one process at a time: the parent, which holds the sweep's lock.
+        """
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state is TrialState.RUNNING and not worker_lives(trial):
+                self.release(trial)
+        lost, trials = self._lost(), self.study.get_trials(deepcopy=False)
+        newest = {origin_of(trial): trial for trial in trials}
+        for trial in newest.values():
+            if trial.number in lost:  # its parent was killed before it could put it in line
+                if trial.state is TrialState.RUNNING:
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+                self._enqueue_again(trial)
+        return [origin_of(t) for t in self.trials
+                if t.state is TrialState.WAITING and ORIGIN in t.user_attrs]
+
+    def _lost(self) -> set[int]:
+        return {int(name.removeprefix(LOST)) for name in self.study.user_attrs
+                if name.startswith(LOST)}
+
+    def _enqueue_again(self, trial: FrozenTrial | optuna.Trial) -> None:
+        kept = {name: trial.user_attrs[name] for name in (RUN, TASK) if name in trial.user_attrs}
+        self.study.enqueue_trial(trial.params, {**kept, IN_LINE: True, ORIGIN: origin_of(trial)})
+
+    def enqueue(self, values: Mapping[str, Value]) -> None:
+        """Put a trial with these values in line, unless there is one."""
+        wanted = dict(values)
+        if all(t.params != wanted and t.system_attrs.get("fixed_params") != wanted
+               for t in self.trials):
+            self.study.enqueue_trial(wanted, {IN_LINE: True})
+
+    def enqueue_task(self, task: Mapping[str, Any]) -> None:
+        """Put a task in line, unless it is there or done already."""
+        told = json.dumps(task, sort_keys=True)
+        if all(t.user_attrs.get(TASK) != told for t in self.trials):
+            self.study.enqueue_trial({}, {TASK: told, IN_LINE: True})
+
+    def ended(self) -> Iterator[FrozenTrial]:
+        """Yield the trials that ran to their end, the best first."""
+        done = [t for t in self.trials if t.state is TrialState.COMPLETE and t.value is not None]
+        yield from sorted(done, key=lambda t: (any(c > 0 for c in t.constraints.values()),
+                                               t.value or math.inf, t.number))
+
+
+def suggest(trial: optuna.Trial, space: tuple[Dimension, ...]) -> dict[str, Value]:
+    """Return the trial's value of each dimension, chosen by the study's sampler."""
+    values: dict[str, Value] = {}
+    for d in space:
+        if d.choices:
+            values[d.key] = trial.suggest_categorical(d.key, list(d.choices))
+        elif d.integer:
+            values[d.key] = trial.suggest_int(
+                d.key, int(d.low), int(d.high), log=d.log, step=int(d.step or 1)
+            )
+        else:
+            values[d.key] = trial.suggest_float(d.key, d.low, d.high, log=d.log, step=d.step)
+    return values
+
+
+def make_sampler(sweep: Sweep, seed: int) -> BaseSampler:
+    """Return what chooses trials."""
+    kind = sweep.config.sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if kind is Sampler.GP:
+            return GPSampler(seed=seed, deterministic_objective=False)
+        if kind is Sampler.TPE:
+            return TPESampler(seed=seed)
+        return RandomSampler(seed=seed)  # the points of a grid are put in line from the start
+
+
+def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    """Return what stops trials: not before `prune_from`, which is beyond the warm-up."""
+    config = sweep.config
+    first = max(config.report_steps, round(config.prune_from * config.steps))
+    if config.pruner is Pruner.HALVING:
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=first, reduction_factor=config.reduction
+        )
+    if config.pruner is Pruner.MEDIAN:
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=first - 1)
+    return optuna.pruners.NopPruner()
+
+
+def origin_of(trial: FrozenTrial | optuna.Trial) -> int:
+    """Return the number of a trial's first attempt, by which a person knows it."""
+    return int(trial.user_attrs.get(ORIGIN, trial.number))
+
+
+def worker_name() -> str:
+    """Name this process so that no later one is taken for it."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def worker_lives(trial: FrozenTrial) -> bool:
+    """Return whether the process that runs a trial is there, or of another machine and heard of."""
+    host, _, rest = str(trial.user_attrs.get(WORKER, "::0")).partition(":")
+    pid, _, created = rest.partition(":")
+    if host == socket.gethostname():
+        try:
+            return f"{psutil.Process(int(pid)).create_time():.2f}" == created
+        except psutil.NoSuchProcess:
+            return False
+    begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    return time.time() - float(trial.user_attrs.get(BEAT, begun)) < SILENCE_SECONDS
+
+
+def _first_difference(was: str, now: str) -> str:
+    """Say in which point two definitions differ first."""
+    before, after = json.loads(was), json.loads(now)
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            for inner in sorted({*old, *new}):
+                if old.get(inner) != new.get(inner):
+                    return f"{key}.{inner} was {old.get(inner)}, now {new.get(inner)}"
+        elif old != new:
+            return f"{key} was {old}, now {new}"
+    return "its definition has changed"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,226 @@
+"""A worker: one process that takes trial after trial, and runs each as any run is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from svend.errors import GateFailure, TrialPruned, UserError
+from svend.pipeline.config import PipelineConfig
+from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.runner import PipelineResult, PipelineRunner, TrialRun
+from svend.pipeline.sweep.options import Sweep, Value
+from svend.pipeline.sweep.study import (
+    REASON,
+    RUN,
+    TASK,
+    Place,
+    SweepStudy,
+    origin_of,
+    suggest,
+)
+from svend.tracking.run import experiment_of
+
+WAIT_SECONDS = 1.0
+BEAT_SECONDS = 30.0
+LOSSES_FILE, CHECKPOINTS = "losses.jsonl", "checkpoints"
+DIVERGED = "diverged"
+# Failures in a row, without one trial that ran, after which the sweep itself is wrong.
+FAILURES_TO_STOP = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """A trial, what it is called, and what its run is to be."""
+
+    study: SweepStudy
+    trial: optuna.Trial
+    name: str
+    config: PipelineConfig
+    folder: Path
+
+
+class Worker:
+    """Runs trials until the sweep is finished, or its parent or a signal ends it.
+
+    number: makes the samples of one worker other than those of the next.
+    """
+
+    def __init__(self, sweep: Sweep, place: Place, number: int) -> None:
+        self._sweep = sweep
+        self._place = place
+        self._search = SweepStudy.join(place, sweep, number)
+        self._confirmation = SweepStudy.confirmation_of(place)
+        self._parent_run_id = self._search.parent_run_id
+        self._experiment = experiment_of(self._parent_run_id)
+
+    def run(self) -> None:
+        """Take trials, then reruns, until there are no more. Raises UserError if none can run."""
+        while not self._search.finished:
+            work = self._take_trial() or self._take_task()
+            if work is None:
+                time.sleep(WAIT_SECONDS)
+            elif not self._run(work):
+                return
+
+    def _take_trial(self) -> Work | None:
+        trial = self._search.claim(self._sweep.wanted_trials)
+        if trial is None:
+            return None
+        values = suggest(trial, self._sweep.space)
+        return self._work(self._search, trial, f"trial-{origin_of(trial)}", values, {})
+
+    def _take_task(self) -> Work | None:
+        trial = self._confirmation.claim(0)
+        if trial is None:
+            return None
+        task: dict[str, Any] = json.loads(trial.user_attrs[TASK])
+        changes = {"training.seed": task["seed"], **task["changes"]}
+        return self._work(self._confirmation, trial, task["name"], task["values"], changes)
+
+    def _work(
+        self, study: SweepStudy, trial: optuna.Trial, name: str, values: dict[str, Value],
+        changes: dict[str, Any],
+    ) -> Work:
+        folder = self._place.folder / "trials" / name
+        config = self._sweep.trial_config(values, {
+            **changes,
+            "training.experiment_name": self._experiment,
+            "checkpoint_dir": str(folder / CHECKPOINTS),
+        })
+        return Work(study, trial, name, config, folder)
+
+    def _run(self, work: Work) -> bool:
+        """Run a trial and tell the study how it ended; return False if this worker is to end."""
+        study, trial, config = work.study, work.trial, work.config
+        losses = _Losses(work.folder / LOSSES_FILE)
+        print(f"\n{work.name}: {trial.params or trial.user_attrs.get(TASK)}", flush=True)
+        reported = losses.read()
+        for step, loss in reported.items():
+            trial.report(loss, step)
+
+        def judge(step: int, loss: float) -> None:
+            losses.append(step, loss)
+            if step not in reported:
+                trial.report(loss, step)
+            if step < (config.training.max_steps or 0) and trial.should_prune():
+                raise TrialPruned(f"stopped at step {step}: held-out loss {loss:.4f} is behind")
+
+        with _Beating(lambda: study.beat(trial)):
+            result = self._train(work, judge)
+        if result is not None and result.interrupted:
+            study.release(trial)
+            return False
+        self._tell(work, losses.read(), result.error if result else None)
+        # Its losses stay: they are what the study was told.
+        shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
+        return True
+
+    def _train(self, work: Work, judge: Callable[[int, float], None]) -> PipelineResult | None:
+        """Run the trial's run, or go on with it; None if all was done but to tell the study."""
+        config = work.config
+        before = RunFolder.find_newest(config.checkpoint_dir, config.training.experiment_name)
+        if before is not None and before.identity.finished:
+            return None
+        runner = PipelineRunner(config, trial=TrialRun(
+            self._parent_run_id, work.name, judge,
+            lambda run_id: work.trial.set_user_attr(RUN, run_id),
+        ))
+        return runner.run(resume=before is not None)
+
+    def _tell(self, work: Work, losses: dict[int, float], error: UserError | None) -> None:
+        """Put on record how a trial ended."""
+        study, trial, config = work.study, work.trial, work.config
+        if error is not None:
+            trial.set_user_attr(REASON, str(error))
+        if isinstance(error, TrialPruned):
+            study.study.tell(trial, state=TrialState.PRUNED)
+            return
+        assert config.model is not None and config.training.max_steps is not None  # resolved
+        loss = losses.get(config.training.max_steps, math.nan)
+        if isinstance(error, GateFailure) or (error is None and not math.isfinite(loss)):
+            # As bad as knowing nothing, and not allowed: samplers learn from that, from NaN not.
+            trial.set_constraint(DIVERGED, 1.0)
+            study.study.tell(trial, math.log(config.model.vocab_size))
+        elif error is not None:
+            study.study.tell(trial, state=TrialState.FAIL)
+            self._stop_if_hopeless(study, error)
+        else:
+            trial.set_constraint(DIVERGED, -1.0)
+            study.study.tell(trial, loss)
+
+    def _stop_if_hopeless(self, study: SweepStudy, reason: Exception) -> None:
+        ended = [t for t in study.trials if t.state.is_finished()]
+        failed = [t for t in ended if t.state is TrialState.FAIL]
+        if len(failed) >= FAILURES_TO_STOP and len(failed) == len(ended):
+            raise UserError(f"no trial runs: {reason}")
+
+
+class _Losses:
+    """The held-out losses of a trial on disk, so that a second attempt knows those of the first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, step: int, loss: float) -> None:
+        with self._path.open("a", encoding="utf-8") as stream:
+            # The line break comes first, so that a line torn by a kill spoils no other.
+            stream.write("\n" + json.dumps([step, loss]))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def read(self) -> dict[int, float]:
+        """Return the loss by step; a line torn by a kill is left out."""
+        found: dict[int, float] = {}
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        for line in text.splitlines():
+            try:
+                step, loss = json.loads(line)
+            except ValueError:
+                continue
+            found[int(step)] = float(loss)
+        return found
+
+
+class _Beating:
+    """While entered, says now and then that the worker lives."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            self._beat()
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have this process interrupt itself once its parent is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(WAIT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
