@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from svend import __version__
 from svend.bench import command as bench_command
+from svend.bench import parametrisation_command
 from svend.errors import ConfigError, UserError
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
             timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
                      "data": bench_command.run_data,
-                     "generate": bench_command.run_generate}
+                     "generate": bench_command.run_generate,
+                     "transfer": parametrisation_command.run_transfer}
             return timed[known.kind](known)
         if known.command == "evaluate":
             return _evaluate(known, rest)
@@ -139,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="decoding, beside Hugging Face's generate",
         description="Time decoding beside Hugging Face's generate with the same weights.",
         allow_abbrev=False,
+    ))
+    parametrisation_command.add_transfer_options(kinds.add_parser(
+        "transfer", help="whether the best learning rate transfers to other sizes",
+        description="Train models of several widths and depths at several learning rates.",
+        epilog=parametrisation_command.TRANSFER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",
                         description="Print the seven scales, each figure from its config.")
