@@ -54,19 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         known, rest = _parser().parse_known_args(arguments)
-        if known.command == "scales":
-            if rest:
-                raise ConfigError(f"scales takes no option {rest[0]}")
-            print_scale_comparison()
-            return 0
-        if known.command == "bench":
-            if rest:
-                raise ConfigError(f"bench {known.kind} takes no option {rest[0]}; see --help")
-            timed = {"train": bench_command.run, "scaling": bench_command.run_scaling,
-                     "data": bench_command.run_data,
-                     "generate": bench_command.run_generate,
-                     "transfer": parametrisation_command.run_transfer}
-            return timed[known.kind](known)
+        if known.command in ("scales", "bench", "coordcheck"):
+            return _run_without_config(known, rest)
         if known.command == "evaluate":
             return _evaluate(known, rest)
         return _run_pipeline(known, rest)
@@ -76,6 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the run began", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    name = f"bench {known.kind}" if known.command == "bench" else known.command
+    if rest:
+        raise ConfigError(f"{name} takes no option {rest[0]}; see --help")
+    if known.command == "scales":
+        print_scale_comparison()
+        return 0
+    measured = {
+        "coordcheck": parametrisation_command.run_coordcheck,
+        "bench train": bench_command.run,
+        "bench scaling": bench_command.run_scaling,
+        "bench data": bench_command.run_data,
+        "bench generate": bench_command.run_generate,
+        "bench transfer": parametrisation_command.run_transfer,
+    }
+    return measured[name](known)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
         "transfer", help="whether the best learning rate transfers to other sizes",
         description="Train models of several widths and depths at several learning rates.",
         epilog=parametrisation_command.TRANSFER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    parametrisation_command.add_coordcheck_options(commands.add_parser(
+        "coordcheck", help="whether activations keep their size as models grow",
+        description="Train small models of growing width and depth for a few steps, and show the "
+        "sizes of their activations.",
+        epilog=parametrisation_command.COORDCHECK_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",

@@ -21,10 +21,10 @@ LARGEST_SHIFT = 0.5
 class Curve:
     """The loss of one model against the learning rate.
 
-    rates: ascending. means, spreads: of the held-out loss over seeds, in nats per token, the spread
-    as a standard deviation; infinite where a seed diverged. best_log2: of the best rate. best_spread:
-    its standard deviation over seeds. at_edge: the lowest loss is at an end of the grid, where the
-    best rate is only known to lie there or beyond.
+    rates: ascending. means, spreads: of the held-out loss over seeds, in nats per token, the
+    spread as a standard deviation; infinite where a seed diverged. best_log2: of the best rate.
+    best_spread: its standard deviation over seeds. at_edge: the lowest loss is at an end of the
+    grid, where the best rate is only known to lie there or beyond.
     """
 
     parametrisation: str
@@ -57,8 +57,8 @@ class Shift:
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float, bool]:
     """Return log2 of the best rate, the loss there, and whether it is at the edge of the grid.
 
-    The vertex of the parabola through the lowest loss and its two neighbours, over log2 of the rate.
-    Where the lowest is at an end or beside a run that diverged, it is that point.
+    The vertex of the parabola through the lowest loss and its two neighbours, over log2 of the
+    rate. Where the lowest is at an end or beside a run that diverged, it is that point.
     """
     lowest = min(range(len(losses)), key=lambda i: losses[i])
     at_edge = lowest in (0, len(losses) - 1)
