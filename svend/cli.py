@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from svend import __version__
 from svend.bench import command as bench_command
+from svend.bench import parametrisation_command
 from svend.errors import ConfigError, Interrupted, UserError
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         known, rest = _parser().parse_known_args(arguments)
-        if known.command in ("scales", "bench"):
+        if known.command in ("scales", "bench", "coordcheck"):
             return _run_without_config(known, rest)
         if known.command == "evaluate":
             return _evaluate(known, rest)
@@ -77,10 +78,12 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         print_scale_comparison()
         return 0
     measured = {
+        "coordcheck": parametrisation_command.run_coordcheck,
         "bench train": bench_command.run,
         "bench scaling": bench_command.run_scaling,
         "bench data": bench_command.run_data,
         "bench generate": bench_command.run_generate,
+        "bench transfer": parametrisation_command.run_transfer,
     }
     return measured[name](known)
 
@@ -154,6 +157,19 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="decoding, beside Hugging Face's generate",
         description="Time decoding beside Hugging Face's generate with the same weights.",
         allow_abbrev=False,
+    ))
+    parametrisation_command.add_transfer_options(kinds.add_parser(
+        "transfer", help="whether the best learning rate transfers to other sizes",
+        description="Train models of several widths and depths at several learning rates.",
+        epilog=parametrisation_command.TRANSFER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    parametrisation_command.add_coordcheck_options(commands.add_parser(
+        "coordcheck", help="whether activations keep their size as models grow",
+        description="Train small models of growing width and depth for a few steps, and show the "
+        "sizes of their activations.",
+        epilog=parametrisation_command.COORDCHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     ))
     commands.add_parser("scales", help="print the seven scales",
                         description="Print the seven scales, each figure from its config.")

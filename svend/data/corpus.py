@@ -254,7 +254,7 @@ def _evaluation_sequences(
         path.parent.mkdir(parents=True, exist_ok=True)
         progress("reading evaluation sets")
         documents = [document for part in own for document in _documents(part, data)]
-        documents += [document for file in files for document in _texts(file)]
+        documents += [document for file in files for document in read_texts(file)]
         documents += [document for each in evaluations for document in each.documents]
         hashes = [word_sequences(document, data.leak_words) for document in documents]
         writing = path.with_suffix(f".{os.getpid()}.npy")
@@ -263,14 +263,17 @@ def _evaluation_sequences(
     return path
 
 
-def _texts(file: Path) -> Iterator[Document]:
-    """Yield all text in the rows of a file, whatever its schema."""
+def read_texts(file: Path) -> Iterator[Document]:
+    """Yield all text in the rows of a file, whatever its schema.
+
+    Raises DataError that names the line for a row that cannot be read.
+    """
     for chunk in read_chunks(file):
         for index, row in enumerate(chunk.rows):
             try:
                 texts = list(_strings(parse_row(row)))
             except RowError as error:
-                raise DataError(f"data.evaluation_sets {chunk.place(index)}: {error}") from None
+                raise DataError(f"{chunk.place(index)}: {error}") from None
             if texts:
                 yield conversation(*((Role.TEXT, text) for text in texts))
 

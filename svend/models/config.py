@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from svend.pipeline.config import ModelConfig
+from svend.pipeline.config import ModelConfig, Parametrisation, TrainingConfig
+
+
+def feed_forward_width(hidden_size: int) -> int:
+    """Return the width that SwiGLU has by default: 8/3, rounded up to a multiple of 64."""
+    return -(-hidden_size * 8 // 3 // 64) * 64
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The shape at which CompleteP scales nothing; its feed-forward width is the default one."""
+
+    width: int
+    depth: int
+    head_size: int
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> BaseShape | None:
+        """Return the base that the configuration names; None for the standard parametrisation."""
+        if training.parametrisation is Parametrisation.STANDARD:
+            return None
+        return cls(training.base_width, training.base_depth, training.base_head_size)
 
 
 @dataclass(kw_only=True)
@@ -13,7 +34,8 @@ class TransformerConfig:
 
     What is left at None follows from the hidden size: heads of 64, a quarter as many key/value
     heads where that divides, a feed-forward width of 8/3 rounded up to a multiple of 64.
-    `tool_calling` says that the model is meant to be offered tools; it changes no weight.
+    `tool_calling` says that the model is meant to be offered tools; it changes no weight. With a
+    `base` the model is parametrised by CompleteP (`parametrisation.py`), else in the standard way.
     """
 
     name: str
@@ -29,17 +51,20 @@ class TransformerConfig:
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
     tool_calling: bool = False
+    base: BaseShape | None = None
 
     def __post_init__(self) -> None:
         self.heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         quarter = self.heads // 4 if self.heads % 4 == 0 else self.heads
         self.kv_heads = self.num_key_value_heads or quarter
-        self.ffn_size = self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+        self.ffn_size = self.intermediate_size or feed_forward_width(self.hidden_size)
         self.head_size = self.hidden_size // self.heads
 
     @classmethod
-    def from_model_config(cls, model: ModelConfig) -> TransformerConfig:
-        """Return the transformer that `conf/scale/` describes."""
+    def from_model_config(
+        cls, model: ModelConfig, base: BaseShape | None = None
+    ) -> TransformerConfig:
+        """Return the transformer that `conf/scale/` describes, parametrised by CompleteP or not."""
         return cls(
             name=model.name,
             hidden_size=model.hidden_size,
@@ -50,6 +75,7 @@ class TransformerConfig:
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_position_embeddings,
             rope_theta=model.rope_theta,
+            base=base,
         )
 
     def to_model_config(self, scale: ModelConfig) -> ModelConfig:

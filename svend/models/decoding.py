@@ -1,7 +1,7 @@
 """The model as decoding runs it: weights converted once, a cache, and a step for all rows.
 
 It computes what `ReasoningTransformer` does, in fp32 but for the products, each of which rounds as
-its weights' form does (`products.py`).
+its weights' form does (`products.py`). The weights take up the parametrisation's multipliers.
 
 Shape suffixes: R rows (positions of one prompt, or one of each row), D hidden, H query heads,
 K key/value heads, S head size, T positions, V vocabulary.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from svend.device import DTYPES, resolve_precision
 from svend.models.kv_cache import KeyValueCache
+from svend.models.parametrisation import ScalingRules
 from svend.models.products import Product, make_product, steady_rows
 from svend.models.transformer import Block, ReasoningTransformer, rotary_tables, rotate
 from svend.pipeline.config import Precision
@@ -94,9 +95,9 @@ class DecodingModel:
             return make_product(torch.cat(weights), precision, int8=int8)
 
         with torch.no_grad():
-            self._layers = [_convert(block, product) for block in model.blocks]
+            self._layers = [_convert(block, model.rules, product) for block in model.blocks]
             self._final_gain = model.final_norm.weight.detach().float().clone()
-            self._head = product(model.head.weight)
+            self._head = product(model.rules.fold("head.weight", model.head.weight))
             self._embedding_VD = model.embedding.weight.detach().to(DTYPES[precision], copy=True)
             tables = rotary_tables(
                 torch.arange(max_length, device=device)[None], config.head_size, config.rope_theta
@@ -191,14 +192,18 @@ class DecodingModel:
         return F.rms_norm(x_RD, gain_D.shape, gain_D, self._config.rms_norm_eps)
 
 
-def _convert(block: torch.nn.Module, product: Callable[..., Product]) -> _Layer:
+def _convert(
+    block: torch.nn.Module, rules: ScalingRules, product: Callable[..., Product]
+) -> _Layer:
     assert isinstance(block, Block)
-    attention, ffn = block.attention, block.feed_forward
+    weights = {name: rules.fold(name, weight) for name, weight in block.named_parameters()}
+    attention = [weights[f"attention.{name}_proj.weight"] for name in "qkvo"]
+    ffn = [weights[f"feed_forward.{name}_proj.weight"] for name in ("gate", "up", "down")]
     return _Layer(
         block.attention_norm.weight.detach().float().clone(),
-        product(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
-        product(attention.o_proj.weight),
+        product(*attention[:3]),
+        product(attention[3]),
         block.feed_forward_norm.weight.detach().float().clone(),
-        product(ffn.gate_proj.weight, ffn.up_proj.weight),
-        product(ffn.down_proj.weight),
+        product(*ffn[:2]),
+        product(ffn[2]),
     )

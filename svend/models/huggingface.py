@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svend.models.parametrisation import fold_multipliers
 from svend.models.transformer import ReasoningTransformer
 
 # Parts of our parameters' names, and what they are called in Hugging Face's Llama. In this order:
@@ -30,7 +31,8 @@ def export_to_huggingface(
     """Write the model as a Llama into a folder, which is made where it is not there.
 
     tokenizer_files: the content of the tokenizer's files by name, as `DocumentTokenizer.files`
-    gives them; its end and padding tokens become the model's. The weights keep their type.
+    gives them; its end and padding tokens become the model's. The weights keep their type, and take
+    up the multipliers of the parametrisation, which a Llama has not.
     """
     from safetensors.torch import save_file  # not needed by who only trains
 
@@ -41,8 +43,8 @@ def export_to_huggingface(
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     weights = {
-        huggingface_name(name): parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
+        huggingface_name(name): weight.cpu().contiguous()
+        for name, weight in fold_multipliers(model)
     }
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 

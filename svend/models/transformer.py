@@ -9,7 +9,6 @@ F feed-forward width, V vocabulary, N batch and positions as one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from svend.models.attention import Layout, attend, lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
+from svend.models.parametrisation import ScalingRules, group_of, scaling_rules
 from svend.pipeline.config import CheckpointingPolicy
 
 
@@ -61,11 +61,12 @@ def rotate(x_BHTS: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention within documents."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, rules: ScalingRules) -> None:
         super().__init__()
         d, s = config.hidden_size, config.head_size
         self.heads, self.kv_heads, self.head_size = config.heads, config.kv_heads, s
         self.dropout = config.attention_dropout
+        self.query_factor = rules.attention
         self.q_proj = nn.Linear(d, self.heads * s, bias=False)
         self.k_proj = nn.Linear(d, self.kv_heads * s, bias=False)
         self.v_proj = nn.Linear(d, self.kv_heads * s, bias=False)
@@ -79,8 +80,11 @@ class Attention(nn.Module):
         def split(projected: Tensor, heads: int) -> Tensor:
             return projected.view(batch, length, heads, self.head_size).transpose(1, 2)
 
+        q_BTD = self.q_proj(x_BTD)
+        if self.query_factor != 1.0:
+            q_BTD = q_BTD * self.query_factor
         out_BHTS = attend(
-            rotate(split(self.q_proj(x_BTD), self.heads), cos_B1TS, sin_B1TS),
+            rotate(split(q_BTD, self.heads), cos_B1TS, sin_B1TS),
             rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS),
             split(self.v_proj(x_BTD), self.kv_heads),
             layout,
@@ -107,16 +111,17 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normed before and added after.
+    """Attention, then feed-forward, each normed before, and scaled and added after.
 
     With `checkpointing`, training computes in the backward pass what the policy says, instead of
     keeping it.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, rules: ScalingRules) -> None:
         super().__init__()
+        self.residual_factor = rules.residual
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, rules)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
         self.checkpointing: CheckpointingPolicy | None = None
@@ -141,9 +146,10 @@ class Block(nn.Module):
         self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
     ) -> Tensor:
         normed_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attention(normed_BTD, cos_B1TS, sin_B1TS, layout, fused)
-        out_BTD: Tensor = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return out_BTD
+        branch_BTD = self.attention(normed_BTD, cos_B1TS, sin_B1TS, layout, fused)
+        x_BTD = torch.add(x_BTD, branch_BTD, alpha=self.residual_factor)
+        branch_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return torch.add(x_BTD, branch_BTD, alpha=self.residual_factor)
 
 
 def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -167,35 +173,37 @@ class ReasoningTransformer(nn.Module):
 
     `model(tokens_BT)` gives the logits; `model(tokens_BT, labels_BT)` the summed loss. Another
     `nn.Module` with this call signature trains, checkpoints and registers too.
+
+    rules: how its shape scales it; None for those that the config's base gives.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, rules: ScalingRules | None = None) -> None:
         super().__init__()
         self.config = config
+        self.rules = rules or scaling_rules(config)
         self.fused = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, self.rules) for _ in range(config.num_hidden_layers)
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if self.head.weight.device.type != "meta":
             self.initialize(torch.initial_seed())
 
     def initialize(self, seed: int) -> None:
-        """Draw the weights anew: normal, smaller by sqrt(2 L) where a branch joins the residual.
+        """Draw the weights anew: normal, with the deviations of the parametrisation.
 
-        The scaling is GPT-2's (Radford et al. 2019). The same seed gives the same weights on
-        every device.
+        The same seed gives the same weights on every device.
         """
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
-        branch_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 nn.init.ones_(parameter)
                 continue
-            joins = name.endswith(("o_proj.weight", "down_proj.weight"))
             drawn = torch.empty(parameter.shape, dtype=torch.float32)
-            drawn.normal_(0.0, branch_std if joins else std, generator=generator)
+            std = self.rules.init_std[group_of(name, parameter)]
+            drawn.normal_(0.0, std, generator=generator)
             with torch.no_grad():
                 parameter.copy_(drawn)
 
@@ -212,6 +220,8 @@ class ReasoningTransformer(nn.Module):
         positions then stay within a document. It may be on the CPU while the rest is on CUDA.
         """
         x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
+        if self.rules.logits != 1.0:
+            x_ND = x_ND * self.rules.logits  # as multiplying the logits, which are wider
         if labels_BT is None:
             return F.linear(x_ND, self.head.weight.to(x_ND.dtype)).view(*tokens_BT.shape, -1)
         return summed_linear_cross_entropy(

@@ -24,6 +24,7 @@ from svend.pipeline.options import (
     ModelConfig,
     Optimizer,
     OwnSource,
+    Parametrisation,
     PipelineConfig,
     Precision,
     Schedule,
@@ -37,9 +38,10 @@ __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
     "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "GatesConfig",
     "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "Optimizer", "OwnSource",
-    "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
-    "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
-    "group_members", "load_config", "load_saved_config", "print_scale_comparison", "scale_table",
+    "Parametrisation", "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig",
+    "ValidationGate", "create_quick_test_config", "create_scale_test_config", "format_count",
+    "get_model_config", "group_members", "load_config", "load_saved_config",
+    "print_scale_comparison", "scale_table",
 ]
 
 

@@ -24,12 +24,13 @@ from svend.device import (
     resolve_device,
     resolve_precision,
 )
-from svend.models.config import TransformerConfig
+from svend.errors import ConfigError
+from svend.models.config import BaseShape, TransformerConfig
 from svend.models.float8 import compute_in_float8
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig
+from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, TrainingConfig
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.record import record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
@@ -206,10 +207,24 @@ def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) ->
         return config.model
     with torch.device("meta"):
         model = model_factory(config.training.model_scale)
+    _check_parametrisation(model, config.training)
     if isinstance(model, ReasoningTransformer):
         return model.config.to_model_config(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return equivalent_model(config.model, parameters)
+
+
+def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:
+    """Raise ConfigError where a factory's model is not parametrised as the config says."""
+    wanted = BaseShape.of(training)
+    own = model.config.base if isinstance(model, ReasoningTransformer) else None
+    if own != wanted:
+        raise ConfigError(
+            f"training.parametrisation = {training.parametrisation.value}: the factory's model has "
+            f"the base {own or 'none'}, the configuration {wanted or 'none'}; give its "
+            "TransformerConfig base=BaseShape.of(config.training), or set "
+            "training.parametrisation=standard for a module of another kind"
+        )
 
 
 def build_model(
@@ -222,7 +237,9 @@ def build_model(
         model = model_factory(config.training.model_scale)
     else:
         with torch.device("meta"):
-            model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
+            model = ReasoningTransformer(
+                TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
+            )
         model.to_empty(device=device)
         model.initialize(config.training.seed)
     training = config.training

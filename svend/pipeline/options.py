@@ -33,6 +33,13 @@ class Optimizer(Enum):
     MUON = "muon"  # the blocks' matrices; AdamW the rest
 
 
+class Parametrisation(Enum):
+    """How init, learning rates and multipliers depend on width and depth."""
+
+    STANDARD = "standard"
+    COMPLETEP = "completep"  # what is best for a small model is best for a large one
+
+
 class Precision(Enum):
     """The number format of the forward and backward pass; the weights stay fp32.
 
@@ -273,6 +280,10 @@ class TrainingConfig:
     gradient_accumulation_steps: int = _default("training.gradient_accumulation_steps")
     learning_rate: float = _default("training.learning_rate")
     optimizer: Optimizer = _default_enum("training.optimizer", Optimizer)
+    parametrisation: Parametrisation = _default_enum("training.parametrisation", Parametrisation)
+    base_width: int = _default("training.base_width")
+    base_depth: int = _default("training.base_depth")
+    base_head_size: int = _default("training.base_head_size")
     schedule: Schedule = _default_enum("training.schedule", Schedule)
     warmup_ratio: float = _default("training.warmup_ratio")
     decay_ratio: float = _default("training.decay_ratio")
@@ -330,7 +341,8 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise ConfigError for a value that no run can have."""
         positive = ("num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
-                    "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_sequences")
+                    "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_sequences",
+                    "base_width", "base_depth", "base_head_size")
         for name in positive:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
         steps = self.max_steps

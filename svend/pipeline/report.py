@@ -19,7 +19,7 @@ from rich.text import Text
 
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
-from svend.pipeline.config import PipelineConfig, format_count
+from svend.pipeline.config import Parametrisation, PipelineConfig, format_count
 from svend.pipeline.infrastructure import CheckResult
 from svend.pipeline.validation import Decision
 from svend.planning.plan import RunPlan
@@ -81,6 +81,12 @@ def show_plan(
         f"of {data.max_seq_length})",
     )
     table.add_row("tokens", f"{plan.tokens:,}")
+    if training.parametrisation is Parametrisation.COMPLETEP:
+        table.add_row(
+            "parametrisation",
+            f"CompleteP, base {training.base_width} wide, {training.base_depth} deep, heads of "
+            f"{training.base_head_size}",
+        )
     table.add_row("FLOPs", f"{plan.flops:.2e} ({plan.flops_per_token:.2e} per token)")
     table.add_row("device", f"{device}; {training.precision.value}, {compiled}")
     table.add_row("matrix peak", f"{plan.peak_flops / 1e9:,.0f} GFLOP/s, measured just now")

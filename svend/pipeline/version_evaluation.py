@@ -19,7 +19,7 @@ from svend.errors import CheckpointError
 from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
-from svend.models.config import TransformerConfig
+from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
 from svend.pipeline.checkpoint_files import MODEL, read_state
@@ -130,7 +130,9 @@ def _load_model(
         )
     assert config.model is not None  # set by PipelineConfig.resolve
     with torch.device("meta"):
-        model = ReasoningTransformer(TransformerConfig.from_model_config(config.model))
+        model = ReasoningTransformer(
+            TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
+        )
     try:
         model.load_state_dict(read_state(path), assign=True)
     except RuntimeError as error:

@@ -12,6 +12,7 @@ from svend.models.attention import lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8
 from svend.models.loss import summed_linear_cross_entropy
+from svend.models.parametrisation import scaling_rules
 from svend.models.transformer import Block, rotary_tables
 from svend.pipeline.config import ModelConfig, Precision, TrainingConfig
 
@@ -43,7 +44,7 @@ def measure_micro_batch_seconds(
     dtype = DTYPES[training.precision]
     batch = training.batch_size
     with device:
-        block = Block(shape)
+        block = Block(shape, scaling_rules(shape))
         x_BTD = torch.randn(batch, length, model.hidden_size, dtype=dtype, requires_grad=True)
         positions_BT = torch.arange(length).expand(batch, length)
         tables = rotary_tables(positions_BT, model.head_size, model.rope_theta)

@@ -24,8 +24,8 @@ class StepMetrics:
     """One optimizer step.
 
     `loss` (nats per predicted token, over the whole step) and `gradient_norm` (before clipping)
-    are scalars on the device: reading them waits for it. `tokens` counts the run's predicted
-    tokens so far.
+    are scalars on the device: reading them waits for it. `learning_rate` is the schedule's, before
+    the factors of the parametrisation. `tokens` counts the run's predicted tokens so far.
     """
 
     step: int
@@ -47,7 +47,7 @@ def train_steps(
     while state.step < total_steps:
         started_seconds = time.perf_counter()
         loss, step_tokens = _accumulate_gradients(state, training)
-        learning_rate = state.optimizer.param_groups[0]["lr"]
+        learning_rate = training.learning_rate * state.rate_factor
         gradient_norm = _update(state, training.max_grad_norm)
         state.step += 1
         state.tokens += step_tokens

@@ -1,18 +1,26 @@
-"""AdamW, or Muon for the blocks' matrices beside it; weight decay on matrices only."""
+"""AdamW, or Muon for the blocks' matrices beside it, each group with its own settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from svend.errors import ConfigError
+from svend.models.parametrisation import (
+    STANDARD_FACTORS,
+    STANDARD_MUON,
+    Factors,
+    Group,
+    group_of,
+)
+from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Optimizer, TrainingConfig
 from svend.training.muon import Muon
 
-Parameters = list[nn.Parameter]
+Named = list[tuple[str, nn.Parameter]]
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -20,38 +28,60 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
 
     AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) for the matrices between
     embedding and head and AdamW for the rest, at one learning rate: Muon's updates are scaled to
-    the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982). Matrices and embeddings decay;
-    gains and other vectors do not.
+    the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982). Learning rate, weight decay and
+    epsilon of each group of parameters are the configuration's times the factors of the model's
+    parametrisation; gains and other vectors do not decay.
     """
+    adamw, muon = STANDARD_FACTORS, STANDARD_MUON
+    if isinstance(model, ReasoningTransformer):
+        adamw, muon = model.rules.adamw, model.rules.muon
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if training.optimizer is Optimizer.ADAMW:
-        return _adamw([p for _, p in named], training)
-    between = {id(p) for name, p in named if p.dim() == 2 and name.startswith("blocks.")}
+        return _adamw(named, adamw, training)
+    between = {id(p) for name, p in named if p.dim() == 2 and group_of(name, p) in muon}
     if not between:
         raise ConfigError(
             "training.optimizer = muon: the model has no matrices under 'blocks.', which Muon is "
             "for; set training.optimizer=adamw"
         )
-    muon = Muon(
-        [p for _, p in named if id(p) in between],
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-    )
-    return OptimizerPair(muon, _adamw([p for _, p in named if id(p) not in between], training))
-
-
-def _adamw(parameters: Parameters, training: TrainingConfig) -> torch.optim.AdamW:
+    matrices = [(name, p) for name, p in named if id(p) in between]
+    rest = [(name, p) for name, p in named if id(p) not in between]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": training.learning_rate * of_group.learning_rate,
+            "weight_decay": training.weight_decay * of_group.weight_decay,
+        }
+        for of_group, parameters in _alike(matrices, muon)
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        fused=True,
-    )
+    first = Muon(groups, training.learning_rate, training.weight_decay)
+    return OptimizerPair(first, _adamw(rest, adamw, training))
+
+
+def _adamw(
+    named: Named, factors: Mapping[Group, Factors], training: TrainingConfig
+) -> torch.optim.AdamW:
+    groups = [
+        {
+            "params": parameters,
+            "lr": training.learning_rate * of_group.learning_rate,
+            "weight_decay": training.weight_decay * of_group.weight_decay,
+            "eps": training.adam_epsilon * of_group.epsilon,
+        }
+        for of_group, parameters in _alike(named, factors)
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, fused=True)
+
+
+def _alike(
+    named: Named, factors: Mapping[Group, Factors]
+) -> list[tuple[Factors, list[nn.Parameter]]]:
+    """Return the parameters by the factors that they share, matrices first."""
+    alike: dict[Factors, list[nn.Parameter]] = {}
+    for name, parameter in sorted(named, key=lambda pair: pair[1].dim() < 2):
+        alike.setdefault(factors[group_of(name, parameter)], []).append(parameter)
+    return list(alike.items())
 
 
 class OptimizerPair(torch.optim.Optimizer):

@@ -21,12 +21,21 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
     stream: BatchStream
     device: torch.device
     step: int = 0
     tokens: int = 0
+
+    @property
+    def rate_factor(self) -> float:
+        """The share of the learning rate that the schedule gives the next step.
+
+        Every group of the optimizer has its own rate times this.
+        """
+        factor: float = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        return factor
 
     def extra_state(self) -> dict[str, Any]:
         """Return what is neither weights, optimizer nor scheduler, as plain values and tensors."""

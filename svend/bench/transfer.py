@@ -1,0 +1,242 @@
+"""Does the best learning rate of a small model stay the best as it is made wider or deeper?
+
+Every model is trained for the same steps on the same text at each of several rates, from several
+seeds, by the project's own loop; what counts is the held-out loss at the end. Each result is
+written as it comes, so that an interrupted experiment goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from svend.data.corpus import TokenArray, read_texts
+from svend.data.documents import Kind
+from svend.data.records import file_digest
+from svend.data.stream import BatchStream, PackedSequences
+from svend.data.tokenizer import train_tokenizer
+from svend.errors import DataError, UserError
+from svend.evaluation.heldout import measure_heldout_loss
+from svend.models.config import BaseShape, TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.config import (
+    DataConfig,
+    Optimizer,
+    Parametrisation,
+    Precision,
+    TrainingConfig,
+)
+from svend.training.loop import train_steps
+from svend.training.state import build_state
+
+HEAD_SIZE = 32
+FEED_FORWARD = 3  # times the width, at every width
+WARMUP = 0.1  # of all steps
+HELDOUT_SHARE = 0.05  # of the documents, the last ones
+HELDOUT_SEQUENCES = 128
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of an experiment share; `data` is the hash of the file."""
+
+    optimizer: str
+    base_width: int
+    base_depth: int
+    vocabulary: int
+    batch_size: int
+    length: int
+    steps: int
+    data: str
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One run: a model, a learning rate and a seed of its weights and of the data's order."""
+
+    seed: int
+    parametrisation: str
+    width: int
+    depth: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: the held-out loss in nats per token, None where it diverged."""
+
+    case: Case
+    loss: float | None
+    seconds: float
+
+
+def plan_cases(
+    parametrisations: Sequence[str], widths: Sequence[int], depths: Sequence[int],
+    rates: Sequence[float], seeds: int,
+) -> list[Case]:
+    """Return all runs, seed after seed, the large models first.
+
+    Widths vary at the first depth, depths at the first width.
+    """
+    shapes = {(width, depths[0]) for width in widths} | {(widths[0], depth) for depth in depths}
+    by_cost = sorted(shapes, key=lambda shape: -shape[0] ** 2 * shape[1])
+    return [
+        Case(seed, parametrisation, width, depth, rate)
+        for seed in range(seeds)
+        for width, depth in by_cost
+        for parametrisation in parametrisations
+        for rate in rates
+    ]
+
+
+def learning_rates(lowest: float, count: int, factor: float) -> list[float]:
+    """Return the rates of the grid, rounded so that the same grid gives the same numbers."""
+    return [float(f"{lowest * factor**i:.6g}") for i in range(count)]
+
+
+def run_experiment(
+    setting: Setting, cases: Sequence[Case], data: Path, results_file: Path | None,
+    processes: int, report: Report,
+) -> list[Result]:
+    """Return the results of all cases; those in the file are not run again.
+
+    Raises UserError if the file is of another setting.
+    """
+    known = {} if results_file is None else read_results(results_file, setting)
+    left = [case for case in cases if case not in known]
+    report(f"{len(cases)} runs, {len(cases) - len(left)} of them done before")
+    started_seconds = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.npz"
+        if left:
+            tokenize(data, setting.vocabulary, tokens)
+        for number, result in enumerate(_run_all(setting, left, tokens, processes), start=1):
+            known[result.case] = result
+            if results_file is not None:
+                write_results(results_file, setting, known.values())
+            case, loss = result.case, result.loss
+            to_go = (time.monotonic() - started_seconds) / number * (len(left) - number)
+            report(
+                f"{number} of {len(left)}: {case.parametrisation} {case.width}x{case.depth}, rate "
+                f"{case.learning_rate:g}, seed {case.seed}: "
+                f"{'diverged' if loss is None else f'{loss:.4f}'} in {result.seconds:.0f} s; "
+                f"about {to_go / 60:.0f} min left"
+            )
+    return [known[case] for case in cases]
+
+
+def _run_all(
+    setting: Setting, cases: Sequence[Case], tokens: Path, processes: int
+) -> Iterator[Result]:
+    if not cases:
+        return
+    # Spawned: a forked process would inherit the threads of this one's torch.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        running = [pool.submit(run_case, setting, case, tokens) for case in cases]
+        try:
+            for future in as_completed(running):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def tokenize(data: Path, vocabulary: int, file: Path) -> None:
+    """Write the tokens of a file's text, by a tokenizer trained on it, and where documents end."""
+    documents = list(read_texts(data))
+    if not documents:
+        raise DataError(f"{data}: holds no text")
+    held = max(1, round(HELDOUT_SHARE * len(documents)))
+    tokenizer = train_tokenizer(documents[:-held], vocabulary)
+    tokens, lengths = tokenizer.encode_flat(documents)
+    np.savez(file, tokens=tokens, lengths=lengths, held=held, size=tokenizer.size)
+
+
+def run_case(setting: Setting, case: Case, tokens: Path) -> Result:
+    """Train one model and measure it, on the CPU in fp32."""
+    started_seconds = time.monotonic()
+    with np.load(tokens) as file:
+        pieces = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1])
+        held, size = int(file["held"]), int(file["size"])
+    data = DataConfig(sources=["text"], mix_ratios={"general": 1.0}, max_seq_length=setting.length)
+
+    def packed(name: str, documents: Sequence[Any], seed: int) -> PackedSequences:
+        kinds = [Kind.GENERAL] * len(documents)
+        return PackedSequences(TokenArray.of(name, documents, kinds), data, seed)
+
+    training = TrainingConfig(
+        seed=case.seed, learning_rate=case.learning_rate, batch_size=setting.batch_size,
+        gradient_accumulation_steps=1, optimizer=Optimizer(setting.optimizer),
+        parametrisation=Parametrisation(case.parametrisation), base_width=setting.base_width,
+        base_depth=setting.base_depth, base_head_size=HEAD_SIZE, warmup_ratio=WARMUP,
+        precision=Precision.FP32, data=data,
+    )
+    model = ReasoningTransformer(model_config(case, training, size, setting.length))
+    model.initialize(case.seed)
+    cpu = torch.device("cpu")
+    stream = BatchStream(packed("train", pieces[:-held], case.seed), setting.batch_size)
+    state = build_state(model, stream, training, setting.steps, cpu)
+    for _ in train_steps(state, training, setting.steps):
+        pass
+    heldout = packed("heldout", pieces[-held:], 0).first(HELDOUT_SEQUENCES)
+    loss = measure_heldout_loss(model, heldout, Precision.FP32, cpu).loss
+    seconds = time.monotonic() - started_seconds
+    return Result(case, loss if math.isfinite(loss) else None, seconds)
+
+
+def model_config(
+    case: Case, training: TrainingConfig, vocabulary: int, length: int
+) -> TransformerConfig:
+    """Return a shape in the same proportions at every width: heads of one size, half the keys."""
+    heads = case.width // HEAD_SIZE
+    return TransformerConfig(
+        name="transfer", hidden_size=case.width, num_hidden_layers=case.depth,
+        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
+        intermediate_size=FEED_FORWARD * case.width, vocab_size=vocabulary,
+        max_position_embeddings=length, base=BaseShape.of(training),
+    )
+
+
+def read_results(file: Path, setting: Setting) -> dict[Case, Result]:
+    """Return the results in a file by their case; none where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        was, runs = told["setting"], told["runs"]
+        results = [Result(Case(**run["case"]), run["loss"], run["seconds"]) for run in runs]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not results of bench transfer ({error}); give another") from None
+    for name, value in asdict(setting).items():
+        if was.get(name) != value:
+            raise UserError(
+                f"{file}: holds results with {name} = {was.get(name)}, now {value}; give another "
+                "file, or the same setting"
+            )
+    return {result.case: result for result in results}
+
+
+def write_results(file: Path, setting: Setting, results: Sequence[Result] | Any) -> None:
+    """Write the setting and all results, whole or not at all."""
+    tree = {"setting": asdict(setting), "runs": [asdict(result) for result in results]}
+    writing = file.with_name(f"{file.name}.writing")
+    writing.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    writing.replace(file)
+
+
+def digest(data: Path) -> str:
+    """Return the hash of the data file. Raises DataError if it cannot be read."""
+    return file_digest(data)
