@@ -245,6 +245,12 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import PipelineRunner
 
+        if config.hparams is not None:
+            from svend.pipeline.hyperparameters import find_hyperparameters
+
+            # Below what is set by hand.
+            found = find_hyperparameters(config.hparams, config.training.data.recipe)
+            config = load_config(groups, [*found.settings(), *overrides])
         runner = PipelineRunner(config)
     except UserError as error:
         _end_joined_run(error)

@@ -32,7 +32,15 @@ from svend.pipeline.benchmarking import Question, evaluation_sets, read_question
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, TrainingConfig
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
-from svend.pipeline.record import record_inputs
+from svend.pipeline.hyperparameters import (
+    HYPERPARAMETERS,
+    Carried,
+    Hyperparameters,
+    carry,
+    find_hyperparameters,
+    read_hyperparameters,
+)
+from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, ValidationResult
@@ -85,6 +93,7 @@ class Job:
     final_loss: float = math.nan
     start_seconds: float = math.nan
     full_verdict: ValidationResult | None = None
+    carried: list[Carried] = field(default_factory=list)
     spent_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextlib.contextmanager
@@ -107,10 +116,7 @@ def prepare_job(
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs."""
     training, model_config = config.training, planned_model(config, model_factory)
-    if training.use_wandb:
-        folder_of_runs = Path(config.checkpoint_dir).expanduser()
-        place = tracked.mirror_to_wandb(training.wandb_project, to_tree(config), folder_of_runs)
-        console.print(f"W&B: {place}", soft_wrap=True)
+    _mirror_to_wandb(tracked, config, console)
     keep_freed_memory()
     device = resolve_device(training.device)
     as_written = config
@@ -122,6 +128,7 @@ def prepare_job(
     if training.float8:
         check_float8(training.precision, device)
     memory = check_memory(model_config, training, device)
+    found = _find_hyperparameters(config, folder)
     questions = read_questions(config)
     corpus = build_corpus(
         training.data, config.model.vocab_size, training.seed,
@@ -131,9 +138,9 @@ def prepare_job(
         folder.check_machine(corpus.fingerprint, device.type)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.seed)
-    sequences_per_step = training.batch_size * training.gradient_accumulation_steps
-    one_run = math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
-    total_steps = training.max_steps or one_run
+    total_steps = training.max_steps or _steps_over(sequences, training)
+    training, carried = carry(found, config, total_steps) if found else (training, [])
+    config = replace(config, training=training)
     plan = plan_run(
         training, model_config, total_steps, memory, device,
         folder.identity.compiled if folder else None,
@@ -144,6 +151,7 @@ def prepare_job(
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
+        record_hyperparameters(tracked, found, carried)
     if plan.compile and isinstance(model, ReasoningTransformer):
         if training.profile:
             name_compiled_kernels()
@@ -155,12 +163,12 @@ def prepare_job(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
             training.model_scale.value, corpus.fingerprint, device.type, training.precision,
             plan.compile,
-        ))
+        ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
     manager = _checkpoint_manager(config, folder)
     job = Job(
         config, device, corpus, sequences, heldout, plan, state,
         _model_name(config, model, model_factory), tracked, folder, manager, questions,
-        started_seconds=time.monotonic(),
+        started_seconds=time.monotonic(), carried=carried,
     )
     if manager.list_checkpoints():
         _, _, extra = manager.load_latest(
@@ -172,6 +180,29 @@ def prepare_job(
         job.logged_step = tracked.last_step("train/loss")
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
+
+
+def _mirror_to_wandb(tracked: TrackedRun, config: PipelineConfig, console: Console) -> None:
+    if config.training.use_wandb:
+        project, folder = config.training.wandb_project, Path(config.checkpoint_dir).expanduser()
+        place = tracked.mirror_to_wandb(project, to_tree(config), folder)
+        console.print(f"W&B: {place}", soft_wrap=True)
+
+
+def _steps_over(sequences: PackedSequences, training: TrainingConfig) -> int:
+    sequences_per_step = training.batch_size * training.gradient_accumulation_steps
+    return math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
+
+
+def _find_hyperparameters(
+    config: PipelineConfig, folder: RunFolder | None
+) -> Hyperparameters | None:
+    """Return what the config names; a resumed run keeps what it began with."""
+    if config.hparams is None:
+        return None
+    if folder is not None:
+        return read_hyperparameters(folder.path / HYPERPARAMETERS)
+    return find_hyperparameters(config.hparams, config.training.data.recipe)
 
 
 def _checkpoint_manager(config: PipelineConfig, folder: RunFolder) -> CheckpointManager:

@@ -469,6 +469,23 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class CarryConfig:
+    """Exponents by which a sweep's values follow batch and tokens (`hyperparameters.py`)."""
+
+    learning_rate_by_batch: float = _default("carry.learning_rate_by_batch")
+    learning_rate_by_tokens: float = _default("carry.learning_rate_by_tokens")
+    weight_decay_by_batch: float = _default("carry.weight_decay_by_batch")
+    weight_decay_by_tokens: float = _default("carry.weight_decay_by_tokens")
+
+    def check(self) -> None:
+        """Raise ConfigError for an exponent that no rule has."""
+        for exponent in dataclasses.fields(self):
+            value = getattr(self, exponent.name)
+            _require(math.isfinite(value) and abs(value) <= 2, f"carry.{exponent.name}", value,
+                     "between -2 and 2")
+
+
+@dataclass(kw_only=True)
 class PipelineConfig:
     """Everything that decides a run. The resolved form is saved with it."""
 
@@ -476,6 +493,8 @@ class PipelineConfig:
     model: ModelConfig | None = None
     gates: GatesConfig = field(default_factory=GatesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    carry: CarryConfig = field(default_factory=CarryConfig)
+    hparams: str | None = _default("hparams")
     preset: str = _default("preset")
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")
@@ -502,6 +521,7 @@ class PipelineConfig:
         training.check()
         self.gates.check()
         self.evaluation.check()
+        self.carry.check()
         for name in self.eval_benchmarks:
             _require(name.removesuffix(SAMPLE_SUFFIX) in BENCHMARK_NAMES, "eval_benchmarks", name,
                      f"one of {', '.join(BENCHMARK_NAMES)}")

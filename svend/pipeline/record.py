@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,7 @@ from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.data_report import data_report_html, source_table
 from svend.pipeline.evaluation_report import samples_frame, samples_html
+from svend.pipeline.hyperparameters import HYPERPARAMETERS, Carried, Hyperparameters
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
@@ -88,6 +90,22 @@ def record_inputs(
         0,
     )
     tracked.flush()
+
+
+def record_hyperparameters(
+    tracked: TrackedRun, found: Hyperparameters | None, carried: Sequence[Carried]
+) -> None:
+    """Log which sweep the run's hyperparameters are from, if any, and what became of them."""
+    if found is None:
+        return
+    tracked.log_params({
+        f"hparams.{row.key}": f"{row.found} -> {row.here} ({row.why})" for row in carried
+    })
+    tracked.set_tags({
+        "svend.hparams.study": found.study, "svend.hparams.run_id": found.sweep_run_id,
+        "svend.hparams.data_fingerprint": found.data_fingerprint,
+    })
+    tracked.log_text(found.to_yaml(), HYPERPARAMETERS)
 
 
 def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:

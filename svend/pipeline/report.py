@@ -20,6 +20,7 @@ from rich.text import Text
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
 from svend.pipeline.config import Parametrisation, PipelineConfig, format_count
+from svend.pipeline.hyperparameters import Carried
 from svend.pipeline.infrastructure import CheckResult
 from svend.pipeline.validation import Decision
 from svend.planning.plan import RunPlan
@@ -41,6 +42,7 @@ def show_plan(
     corpus: Corpus,
     sequences: PackedSequences,
     device: str,
+    carried: Sequence[Carried] = (),
 ) -> None:
     """Print what the run will do and cost, before it does."""
     model, training = config.model, config.training
@@ -100,6 +102,8 @@ def show_plan(
     )
     table.add_row("checkpoints", f"every {training.save_steps:,} steps, saved {meanwhile}")
     console.print(table)
+    if carried:
+        console.print(hyperparameters_table(carried))
 
 
 def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
@@ -218,6 +222,20 @@ def verdicts_html(rows: Sequence[dict[str, Any]]) -> str:
     body = body.replace("<td>FAIL</td>", '<td style="background:#f8c8c8">FAIL</td>')
     body = body.replace("<td>pass</td>", '<td style="background:#d4efd4">pass</td>')
     return f"<!doctype html><meta charset=utf-8><style>{style}</style>{body}"
+
+
+def hyperparameters_table(carried: Sequence[Carried]) -> Table:
+    """Return what a sweep's values became at this run's size, and why, as a table."""
+    table = Table(title="Hyperparameters, carried from a sweep", title_justify="left")
+    for name in ("key", "found", "here", "why"):
+        table.add_column(name)
+    for row in carried:
+        table.add_row(row.key, _number(row.found), _number(row.here), row.why)
+    return table
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_measured(

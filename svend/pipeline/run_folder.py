@@ -8,13 +8,14 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
+from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
 
 RUN_FILE = "run.json"
@@ -53,8 +54,13 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, config: PipelineConfig, identity: RunIdentity) -> RunFolder:
-        """Take the next free folder name for a new run, and keep its resolved config there."""
+    def create(
+        cls, config: PipelineConfig, identity: RunIdentity, files: Mapping[str, str] | None = None
+    ) -> RunFolder:
+        """Take the next free folder name for a new run, and keep its resolved config there.
+
+        files: more texts to keep there, by name.
+        """
         checkpoint_dir, experiment = config.checkpoint_dir, config.training.experiment_name
         number = 1
         while True:
@@ -74,7 +80,8 @@ class RunFolder:
             number += 1
         folder = cls(path, identity)
         folder.hold()
-        (path / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        for name, text in {CONFIG_FILE: to_yaml(config), **(files or {})}.items():
+            (path / name).write_text(text, encoding="utf-8")
         folder._write_identity()
         return folder
 
@@ -164,7 +171,7 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first checkpoint."""
         if not _has_checkpoint(self.path):
-            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE):
+            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE, HYPERPARAMETERS):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()

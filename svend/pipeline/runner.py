@@ -192,7 +192,7 @@ class PipelineRunner:
                         self._console,
                     )
                 show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                          describe_device(job.device))
+                          describe_device(job.device), job.carried)
                 self._train(job, signals)
                 registered = self._finish(job, signals)
                 if gate_full:

@@ -185,6 +185,34 @@ class TrackedRun:
         return unsent
 
 
+def fetch_artifact(uri: str, folder: Path) -> Path:
+    """Copy an artifact (runs:/ID/NAME) into a folder. Raises TrackingError if there is none."""
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"{uri}: not in the tracking store {mlflow.get_tracking_uri()} "
+            f"({str(error).splitlines()[0][:200]}); check the run's id and MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def newest_run(tags: Mapping[str, str]) -> str | None:
+    """Return the newest run, of any experiment, that has all these tags; None if none has."""
+    client = MlflowClient()
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
+        " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items()),
+        max_results=1, order_by=["attributes.start_time DESC"],
+    )
+    return found[0].info.run_id if found else None
+
+
+def tag_of(run_id: str, name: str) -> str | None:
+    """Return a run's tag, None if it has none of that name."""
+    value = MlflowClient().get_run(run_id).data.tags.get(name)
+    return None if value is None else str(value)
+
+
 def experiment_of(run_id: str) -> str:
     """Return the name of a run's experiment. Raises TrackingError if the store has no such run."""
     client = MlflowClient()

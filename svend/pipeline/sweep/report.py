@@ -18,10 +18,11 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 from rich.text import Text
 
+from svend.pipeline.hyperparameters import HYPERPARAMETERS, FoundAt, Hyperparameters
 from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured, Rule
 from svend.pipeline.sweep.options import Sweep
 from svend.pipeline.sweep.study import REASON, RUN, Place, SweepStudy, origin_of
-from svend.tracking.run import TrackedRun
+from svend.tracking.run import TrackedRun, environment_tags, tag_of
 
 SHOWN_TRIALS = 10
 SUMMARY, PLOTS, TRIALS, RERUNS = "summary.html", "plots.html", "trials.csv", "reruns.csv"
@@ -52,6 +53,9 @@ def record_sweep(
         page = _summary(sweep, place, trials, candidates, winner, rules, losses, notes)
         (folder / SUMMARY).write_text(page, encoding="utf-8")
         tracked.log_artifacts(folder, "sweep")
+    if winner is not None:
+        result = _hyperparameters(tracked, sweep, place, search, winner, rules)
+        tracked.log_text(result.to_yaml(), HYPERPARAMETERS)
     counts = trials["state"].value_counts()
     best = next(search.ended(), None)
     steps = sum(t.last_step or 0 for t in search.trials)
@@ -70,6 +74,28 @@ def record_sweep(
         "mlflow.note.content": _note(place, winner, rules, promotable),
     })
     tracked.flush()
+
+
+def _hyperparameters(
+    tracked: TrackedRun, sweep: Sweep, place: Place, search: SweepStudy, winner: Candidate,
+    rules: Sequence[Rule],
+) -> Hyperparameters:
+    """Return the winner's values as they may, or may not, be carried upward."""
+    config = sweep.trial_config(winner.values)
+    run_id = next((str(t.user_attrs[RUN]) for t in search.ended()
+                   if t.params == winner.values and RUN in t.user_attrs), None)
+    fingerprint = tag_of(run_id, "svend.data_fingerprint") if run_id else None
+    return Hyperparameters(
+        values=dict(winner.values),
+        found_at=FoundAt.of(config, sweep.config.steps),
+        promotable=all(rule.holds for rule in rules),
+        why=[f"{rule.name}: {rule.why}" for rule in rules if not rule.holds],
+        study=place.study,
+        sweep_run_id=tracked.run_id,
+        git_commit=environment_tags().get("svend.git_commit", "unknown"),
+        recipe=config.training.data.recipe,
+        data_fingerprint=fingerprint or "unknown",
+    )
 
 
 def trials_frame(search: SweepStudy) -> pd.DataFrame:
