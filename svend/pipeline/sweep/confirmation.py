@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from svend.pipeline.sweep.options import Sweep, Value
@@ -42,26 +43,36 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Held-out losses of one candidate under one condition, one for each seed."""
+class Reruns:
+    """Held-out losses of candidates under one condition, by candidate and seed.
 
-    values: tuple[float, ...]
+    A seed is a corpus, an order and an init, so that candidates are compared within seeds: what is
+    left of a loss beside its candidate's mean and its seed's is noise (two-way analysis of
+    variance without interaction), pooled over candidates.
+    """
+
+    losses: dict[str, dict[int, float]]
+
+    def mean(self, candidate: str) -> float:
+        return statistics.fmean(self.losses[candidate].values())
+
+    def complete(self, candidate: str, seeds: int) -> bool:
+        return len(self.losses.get(candidate, {})) == seeds
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+    def standard_error(self) -> float:
+        """The standard error of the difference of two candidates' means."""
+        names = list(self.losses)
+        shared = sorted(set.intersection(*(set(self.losses[name]) for name in names)))
+        table = np.array([[self.losses[name][seed] for seed in shared] for name in names])
+        freedom = (len(names) - 1) * (len(shared) - 1)
+        if freedom < 1:
+            return math.nan  # with which nothing compares as better
+        noise = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+        return math.sqrt(2 * float((noise**2).sum()) / freedom / len(shared))
 
-    @property
-    def variance(self) -> float:
-        return statistics.variance(self.values) if len(self.values) > 1 else math.nan
 
-    def error_beside(self, other: Losses) -> float:
-        """Return the standard error of the difference of the two means, variances pooled."""
-        pooled = (self.variance + other.variance) / 2
-        return math.sqrt(pooled * (1 / len(self.values) + 1 / len(other.values)))
-
-
-Measured = dict[tuple[str, str], Losses]
+Measured = dict[str, Reruns]  # by condition
 
 
 def choose_candidates(sweep: Sweep, search: SweepStudy) -> list[Candidate]:
@@ -96,86 +107,84 @@ def tasks_at(
 
 
 def measured(confirmation: SweepStudy) -> Measured:
-    """Return the losses of every rerun that ended, by candidate and condition."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """Return the losses of every rerun that ended, by condition."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for trial in confirmation.trials:
         if trial.state is TrialState.COMPLETE and trial.value is not None:
             task = _task_of(trial)
-            found.setdefault((task["candidate"], task["condition"]), []).append(trial.value)
-    return {key: Losses(tuple(values)) for key, values in found.items()}
+            of_condition = found.setdefault(task["condition"], {})
+            of_condition.setdefault(task["candidate"], {})[task["seed"]] = trial.value
+    return {condition: Reruns(losses) for condition, losses in found.items()}
 
 
-def winner_of(candidates: Iterable[Candidate], losses: Measured) -> Candidate | None:
+def winner_of(candidates: Iterable[Candidate], reruns: Measured) -> Candidate | None:
     """Return the searched candidate of the lowest mean loss on fresh seeds."""
-    tried = [c for c in candidates if c.name != DEFAULT and (c.name, PROXY) in losses]
-    return min(tried, key=lambda c: losses[c.name, PROXY].mean, default=None)
+    here = reruns.get(PROXY, Reruns({}))
+    tried = [c for c in candidates if c.name != DEFAULT and c.name in here.losses]
+    return min(tried, key=lambda c: here.mean(c.name), default=None)
 
 
 def judge(
-    sweep: Sweep, candidates: list[Candidate], winner: Candidate | None, losses: Measured
+    sweep: Sweep, candidates: list[Candidate], winner: Candidate | None, reruns: Measured
 ) -> list[Rule]:
     """Decide each condition for carrying the winner's values upward."""
     if winner is None:
         return [Rule("confirmed", False, "nothing was run again")]
+    wanted = [(PROXY, c) for c in candidates]
+    if sweep.config.confirm.second_width:
+        wanted += [(SECOND_WIDTH, c) for c in candidates]
+    if LEARNING_RATE in winner.values:
+        wanted.append((DOUBLE_RATE, winner))
     seeds = sweep.config.confirm.seeds
     missing = [
-        f"{c.name} at {condition}" for c in candidates for condition in (PROXY, SECOND_WIDTH)
-        if len(losses.get((c.name, condition), Losses(())).values) < seeds
-        and (condition == PROXY or sweep.config.confirm.second_width)
+        f"{candidate.name} at {condition}" for condition, candidate in wanted
+        if not reruns.get(condition, Reruns({})).complete(candidate.name, seeds)
     ]
-    rules = [Rule("all reruns ended", not missing, ", ".join(missing) or "each with every seed")]
-    rules.append(_beats_default(winner, losses))
+    if missing:
+        return [Rule("all reruns ended", False, f"missing or failed: {', '.join(missing)}")]
     edges = {
         d.key: edge for d in sweep.space
         if (edge := d.at_edge(winner.values.get(d.key))) is not None
     }
     where = ", ".join(f"{key} at its {edge} end" for key, edge in edges.items())
-    rules.append(Rule("not at an edge", not edges, where or "every value is inside its range"))
-    rules.append(_agrees_at_second_width(candidates, winner, losses))
-    if any(d.key == LEARNING_RATE for d in sweep.space):
-        rules.append(_is_on_safe_side(winner, losses))
+    rules = [
+        _beats_default(winner, reruns[PROXY]),
+        Rule("not at an edge", not edges, where or "every value is inside its range"),
+        _agrees_at_second_width(winner, reruns.get(SECOND_WIDTH)),
+    ]
+    if LEARNING_RATE in winner.values:
+        rules.append(_is_on_safe_side(winner, reruns))
     return rules
 
 
-def _beats_default(winner: Candidate, losses: Measured) -> Rule:
-    name = "beats the default"
-    ours, theirs = losses.get((winner.name, PROXY)), losses.get((DEFAULT, PROXY))
-    if ours is None or theirs is None:
-        return Rule(name, False, "the default was not measured")
-    gain, error = theirs.mean - ours.mean, ours.error_beside(theirs)
+def _beats_default(winner: Candidate, here: Reruns) -> Rule:
+    gain, error = here.mean(DEFAULT) - here.mean(winner.name), here.standard_error
     return Rule(
-        name, gain > ERRORS_APART * error,
-        f"by {gain:.4f} ({ours.mean:.4f} against {theirs.mean:.4f}), which must be more than "
-        f"{ERRORS_APART:g} standard errors of {error:.4f}",
+        "beats the default", gain > ERRORS_APART * error,
+        f"by {gain:.4f} ({here.mean(winner.name):.4f} against {here.mean(DEFAULT):.4f}), which "
+        f"must be more than {ERRORS_APART:g} standard errors of {error:.4f}",
     )
 
 
-def _agrees_at_second_width(
-    candidates: Iterable[Candidate], winner: Candidate, losses: Measured
-) -> Rule:
+def _agrees_at_second_width(winner: Candidate, there: Reruns | None) -> Rule:
     name = "agrees at two widths"
-    there = {c.name: losses[c.name, SECOND_WIDTH] for c in candidates
-             if (c.name, SECOND_WIDTH) in losses}
-    if winner.name not in there:
-        return Rule(name, False, "not measured at a second width")
-    best = min(there, key=lambda candidate: there[candidate].mean)
-    behind = there[winner.name].mean - there[best].mean
-    error = there[winner.name].error_beside(there[best])
+    if there is None:
+        return Rule(name, False, "not measured: the sweep has no second width")
+    best = min(there.losses, key=there.mean)
+    behind, error = there.mean(winner.name) - there.mean(best), there.standard_error
     return Rule(
         name, behind <= ERRORS_APART * error,
-        f"the best there is {best} ({there[best].mean:.4f}); the winner is {behind:.4f} behind, "
+        f"the best there is {best} ({there.mean(best):.4f}); the winner is {behind:.4f} behind, "
         f"which must be at most {ERRORS_APART:g} standard errors of {error:.4f}",
     )
 
 
-def _is_on_safe_side(winner: Candidate, losses: Measured) -> Rule:
-    name = "safe at twice the learning rate"
-    here, there = losses.get((winner.name, PROXY)), losses.get((winner.name, DOUBLE_RATE))
-    if here is None or there is None:
-        return Rule(name, False, "not measured")
-    rise = there.mean / here.mean - 1
-    return Rule(name, rise < MAX_RISE, f"the loss changes by {rise:+.2%}, which must be below "
-                                       f"{MAX_RISE:+.0%}")
+def _is_on_safe_side(winner: Candidate, reruns: Measured) -> Rule:
+    rise = reruns[DOUBLE_RATE].mean(winner.name) / reruns[PROXY].mean(winner.name) - 1
+    return Rule(
+        "safe at twice the learning rate", rise < MAX_RISE,
+        f"the loss changes by {rise:+.2%}, which must be below {MAX_RISE:+.0%}",
+    )
 
 
 def _doubled(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -39,8 +39,7 @@ STYLE = (
 
 def record_sweep(
     tracked: TrackedRun, sweep: Sweep, place: Place, search: SweepStudy,
-    candidates: Sequence[Candidate], winner: Candidate | None, rules: Sequence[Rule],
-    losses: Measured,
+    winner: Candidate | None, rules: Sequence[Rule], reruns: Measured,
 ) -> None:
     """Log the sweep's tables, page and plots on its run."""
     promotable = bool(rules) and all(rule.holds for rule in rules)
@@ -48,16 +47,16 @@ def record_sweep(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trials.to_csv(folder / TRIALS, index=False)
-        reruns_frame(candidates, losses).to_csv(folder / RERUNS, index=False)
+        reruns_frame(reruns).to_csv(folder / RERUNS, index=False)
         notes = _draw(search, folder)
-        page = _summary(sweep, place, trials, candidates, winner, rules, losses, notes)
+        page = _summary(sweep, place, trials, winner, rules, reruns, notes)
         (folder / SUMMARY).write_text(page, encoding="utf-8")
         tracked.log_artifacts(folder, "sweep")
     if winner is not None:
         result = _hyperparameters(tracked, sweep, place, search, winner, rules)
         tracked.log_text(result.to_yaml(), HYPERPARAMETERS)
     counts = trials["state"].value_counts()
-    best = next(search.ended(), None)
+    best = next(iter(search.ended()), None)
     steps = sum(t.last_step or 0 for t in search.trials)
     tracked.log_metrics(
         {
@@ -115,16 +114,15 @@ def trials_frame(search: SweepStudy) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["trial", "state", "loss", "steps"])
 
 
-def reruns_frame(candidates: Sequence[Candidate], losses: Measured) -> pd.DataFrame:
-    """Return a row per candidate and condition: mean, standard deviation and losses by seed."""
+def reruns_frame(reruns: Measured) -> pd.DataFrame:
+    """Return a row per condition and candidate: mean and losses by seed, best first."""
     return pd.DataFrame(
         {
-            "candidate": name, "condition": condition, "mean": measured.mean,
-            "deviation": math.sqrt(measured.variance), "n": len(measured.values),
-            "losses": " ".join(f"{loss:.6g}" for loss in measured.values),
+            "condition": condition, "candidate": name, "mean": of_condition.mean(name),
+            **{f"seed {seed}": loss for seed, loss in sorted(of_condition.losses[name].items())},
         }
-        for (name, condition), measured in sorted(losses.items())
-        if name in {candidate.name for candidate in candidates}
+        for condition, of_condition in sorted(reruns.items())
+        for name in sorted(of_condition.losses, key=of_condition.mean)
     )
 
 
@@ -141,7 +139,7 @@ def trials_table(search: SweepStudy) -> Table:
     table = Table(title=f"The best of {len(trials)} trials", title_justify="left")
     table.add_column("trial", justify="right")
     table.add_column("loss", justify="right")
-    best = list(search.ended())[:SHOWN_TRIALS]
+    best = search.ended()[:SHOWN_TRIALS]
     keys = list(dict.fromkeys(key for trial in best for key in trial.params))
     for key in keys:
         table.add_column(key.removeprefix("training."), justify="right")
@@ -183,8 +181,8 @@ def _note(
 
 
 def _summary(
-    sweep: Sweep, place: Place, trials: pd.DataFrame, candidates: Sequence[Candidate],
-    winner: Candidate | None, rules: Sequence[Rule], losses: Measured, notes: Sequence[str],
+    sweep: Sweep, place: Place, trials: pd.DataFrame, winner: Candidate | None,
+    rules: Sequence[Rule], reruns: Measured, notes: Sequence[str],
 ) -> str:
     """Return the page: the verdict and why, the values, the reruns, the trials."""
     promotable = bool(rules) and all(rule.holds for rule in rules)
@@ -203,7 +201,7 @@ def _summary(
         f"<h1>{html.escape(place.study)}: {'promotable' if promotable else 'not promotable'}</h1>",
         "" if promotable else "<p>The default stays: carry nothing upward.</p>",
         _table(verdict), "<h2>Values</h2>", _table(values),
-        "<h2>Reruns on fresh seeds</h2>", _table(reruns_frame(candidates, losses)),
+        "<h2>Reruns on fresh seeds</h2>", _table(reruns_frame(reruns)),
         f"<h2>All trials</h2><p>Plots: {PLOTS}, and as PNG beside it. "
         f"{html.escape(' '.join(notes))}</p>",
         _table(ordered),

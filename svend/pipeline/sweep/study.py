@@ -13,11 +13,12 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import psutil
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
@@ -100,7 +101,7 @@ class SweepStudy:
                 f"study {place.study}: {_first_difference(told, definition)}; go on with what it "
                 "was, or give the sweep another name with --name"
             )
-        return cls._with_means(study, sweep, 0)
+        return cls(study)
 
     @classmethod
     def join(cls, place: Place, sweep: Sweep, worker: int) -> SweepStudy:
@@ -118,7 +119,11 @@ class SweepStudy:
                 f"study {place.study}: {_first_difference(told, sweep.definition())}; join it with "
                 "the options that it was begun with"
             )
-        return cls._with_means(study, sweep, worker)
+        # Not what this worker's number has drawn before: it may be the successor of a dead one.
+        seed = np.random.SeedSequence([sweep.config.seed, worker, len(study.trials)])
+        study.sampler = make_sampler(sweep, int(seed.generate_state(1)[0]))
+        study.pruner = make_pruner(sweep)
+        return cls(study)
 
     @classmethod
     def confirmation_of(cls, place: Place) -> SweepStudy:
@@ -128,12 +133,6 @@ class SweepStudy:
             direction="minimize", load_if_exists=True, sampler=RandomSampler(seed=0),
             pruner=optuna.pruners.NopPruner(),
         ))
-
-    @classmethod
-    def _with_means(cls, study: optuna.Study, sweep: Sweep, worker: int) -> SweepStudy:
-        study.sampler = make_sampler(sweep, sweep.config.seed + worker)
-        study.pruner = make_pruner(sweep)
-        return cls(study)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -215,17 +214,23 @@ class SweepStudy:
                for t in self.trials):
             self.study.enqueue_trial(wanted, {IN_LINE: True})
 
-    def enqueue_task(self, task: Mapping[str, Any]) -> None:
-        """Put a task in line, unless it is there or done already."""
+    def enqueue_task(self, task: Mapping[str, Any]) -> str:
+        """Put a task in line, unless it is there or done already; return its text."""
         told = json.dumps(task, sort_keys=True)
         if all(t.user_attrs.get(TASK) != told for t in self.trials):
             self.study.enqueue_trial({}, {TASK: told, IN_LINE: True})
+        return told
 
-    def ended(self) -> Iterator[FrozenTrial]:
-        """Yield the trials that ran to their end, the best first."""
-        done = [t for t in self.trials if t.state is TrialState.COMPLETE and t.value is not None]
-        yield from sorted(done, key=lambda t: (any(c > 0 for c in t.constraints.values()),
-                                               t.value or math.inf, t.number))
+    def ended(self) -> list[FrozenTrial]:
+        """Return the trials that ran to their end, the best first."""
+        return best_first(self.trials)
+
+
+def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that ran to their end, the best first, those that diverged last."""
+    done = [t for t in trials if t.state is TrialState.COMPLETE and t.value is not None]
+    return sorted(done, key=lambda t: (any(c > 0 for c in t.constraints.values()),
+                                       t.value or math.inf, t.number))
 
 
 def suggest(trial: optuna.Trial, space: tuple[Dimension, ...]) -> dict[str, Value]:
