@@ -175,7 +175,8 @@ def _clear_mappings(schema: type, tree: dict[str, Any], base: DictConfig) -> Non
         inner = _dataclass_in(hints[key])
         if typing.get_origin(hints[key]) is dict:
             base[key] = {}
-        elif inner is not None and isinstance(value, dict) and base[key] is not None:
+        elif (inner is not None and isinstance(value, dict)
+              and not OmegaConf.is_missing(base, key) and base[key] is not None):
             _clear_mappings(inner, value, base[key])
 
 
