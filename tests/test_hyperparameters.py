@@ -56,7 +56,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_result_that_is_not_promotable_is_refused_with_its_reason(tmp_path: Path) -> None:
     path = tmp_path / "hparams.yaml"
     path.write_text(found(promotable=False).to_yaml())
-    with pytest.raises(ConfigError, match="not promotable .beats the default: by 0.; run a sweep"):
+    with pytest.raises(ConfigError, match=r"not promotable .beats the default: by 0.; run a sweep"):
         find_hyperparameters(str(path), "embedded")
 
 

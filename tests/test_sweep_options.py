@@ -45,6 +45,12 @@ def test_a_second_width_is_laid_over_the_proxy() -> None:
     assert (config.model.hidden_size, config.training.seed) == (32, 5)
 
 
+def test_a_mapping_is_replaced_as_a_whole_and_by_its_keys() -> None:
+    assert load(sweep__confirm__second_width="{}").config.confirm.second_width == {}
+    changed = load(**{"sweep.settings.data.num_samples": "7"}).config.settings
+    assert changed == {**load().config.settings, "data.num_samples": 7}
+
+
 @pytest.mark.parametrize(
     ("search", "overrides", "told"),
     [

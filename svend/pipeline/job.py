@@ -86,6 +86,7 @@ class Job:
     questions: list[Question]
     started_seconds: float
     logged_step: int = 0
+    evaluated_step: int = -1
     saved_step: int = 0
     saving: Saving | None = None
     last_finite_norm: float = math.nan
@@ -178,6 +179,7 @@ def prepare_job(
         job.saved_step = state.step
         # Steps between the checkpoint and a kill are trained again, to the same values.
         job.logged_step = tracked.last_step("train/loss")
+        job.evaluated_step = tracked.last_step("eval/heldout_loss")
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
 

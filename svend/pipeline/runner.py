@@ -385,6 +385,9 @@ class PipelineRunner:
         job.final_loss = measured.loss
         if math.isnan(job.first_loss):
             job.first_loss = measured.loss
+        if job.state.step <= job.evaluated_step:
+            return measured  # logged before, by this process or by the one that was killed
+        job.evaluated_step = job.state.step
         bytes_per_token = job.heldout.bytes_per_token(training.heldout_sequences)
         job.tracked.log_metrics(
             {

@@ -161,10 +161,15 @@ class TrackedRun:
         """Log a data set as an input of the run; `digest` is cut to MLflow's 36 characters."""
         dataset = Dataset(name, digest[:36], "svend", json.dumps({"place": place}))
         labels = {"mlflow.data.context": context, **tags}
-        self._client.log_inputs(
-            self.run_id,
-            [DatasetInput(dataset, [InputTag(key, value) for key, value in labels.items()])],
-        )
+        inputs = [DatasetInput(dataset, [InputTag(key, value) for key, value in labels.items()])]
+        try:
+            self._client.log_inputs(self.run_id, inputs)
+        except MlflowException as error:
+            # MLflow looks whether it knows the data set and then adds it; another run of the
+            # same data may come between. Now it is known.
+            if "unique" not in str(error).lower():
+                raise
+            self._client.log_inputs(self.run_id, inputs)
 
     def end(self, status: str, reason: str | None) -> str | None:
         """End the run as FINISHED, FAILED or KILLED, with the reason as a tag.

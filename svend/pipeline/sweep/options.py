@@ -14,7 +14,7 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
-from svend.pipeline.schema import build, merge_trees, parse_value, to_tree
+from svend.pipeline.schema import build, parse_value, to_tree
 
 Value = float | int | str | bool | None
 Settings = dict[str, Any]
@@ -147,6 +147,8 @@ class Sweep:
         settings = {
             "model.name": f"svend-sweep-{self.scale}",
             "eval_benchmarks": [],
+            # A bad trial is stopped by comparison, not by a threshold made for whole runs.
+            "strict_validation": False,
             "training.logging_steps": 5,
             "training.quick_gate_steps": self.config.report_steps,
             **self.config.settings,
@@ -211,7 +213,7 @@ def load_sweep(
     of_trials = []
     for key, text in overrides:
         if key.startswith(PREFIX):
-            tree = merge_trees(tree, _nested(key.removeprefix(PREFIX), parse_value(text)))
+            tree = _set(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
         else:
             of_trials.append((key, text))
     if search is not None:
@@ -288,13 +290,20 @@ def _try_values(sweep: Sweep) -> None:
             )
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    """Return a dotted key as a tree. The keys of `settings` and `second_width` have dots inside."""
+def _path(key: str) -> list[str]:
+    """Return the parts of a dotted key. The keys of some mappings are dotted themselves."""
     for whole in ("settings", "confirm.second_width"):
         if key.startswith(f"{whole}."):
-            return _nested(whole, {key.removeprefix(f"{whole}."): value})
-    first, dot, rest = key.partition(".")
-    return {first: _nested(rest, value) if dot else value}
+            return [*whole.split("."), key.removeprefix(f"{whole}.")]
+    return key.split(".")
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return `tree` with the value at the path, in place of all that is there."""
+    first, *rest = path
+    below = tree.get(first)
+    inner = _set(below if isinstance(below, dict) else {}, rest, value) if rest else value
+    return {**tree, first: inner}
 
 
 def _value_at(config: PipelineConfig, key: str) -> Value:

@@ -125,6 +125,7 @@ class _Parent:
             candidates = choose_candidates(self._sweep, self._search)
             winner = self._confirm(candidates)
             self._search.study.set_user_attr(FINISHED, True)
+        self._recover()
         reruns = measured(self._confirmation)
         rules = judge(self._sweep, candidates, winner, reruns)
         result = SweepResult(self._tracked.run_id, winner, rules)

@@ -113,6 +113,8 @@ class Worker:
 
         def judge(step: int, loss: float) -> None:
             losses.append(step, loss)
+            if not math.isfinite(loss):
+                raise GateFailure(f"diverged: held-out loss {loss} at step {step}")
             if step not in reported:
                 trial.report(loss, step)
             if step < (config.training.max_steps or 0) and trial.should_prune():
