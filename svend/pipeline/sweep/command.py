@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from svend.errors import ConfigError
 from svend.pipeline.groups import group_members
+from svend.pipeline.sweep.options import load_sweep
 
 HELP = """\
 any key of the configuration can be searched, and any be set for all trials:
@@ -56,13 +57,12 @@ def run(
         raise ConfigError(f"dry_run = {known.dry_run}: must be true or false")
     short = [(f"sweep.{name}", getattr(known, name)) for name in ("trials", "workers")
              if getattr(known, name) is not None]
+    sweep = load_sweep(known.sweep, {"scale": "tiny", **groups}, [*overrides, *short],
+                       known.search)
     print("starting: loading torch, optuna and mlflow", flush=True)
-    from svend.pipeline.sweep.options import load_sweep
     from svend.pipeline.sweep.parent import place_of, run_sweep, show_dry_run, worker_command
     from svend.pipeline.sweep.worker import Worker, end_with_parent
 
-    sweep = load_sweep(known.sweep, {"scale": "tiny", **groups}, [*overrides, *short],
-                       known.search)
     place = place_of(sweep, known.name, known.storage)
     if known.join:
         if known.parent_pid is not None:

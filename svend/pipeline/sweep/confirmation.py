@@ -20,9 +20,6 @@ LEARNING_RATE = "training.learning_rate"
 PROXY, SECOND_WIDTH, DOUBLE_RATE = "proxy", "second width", "twice the rate"
 # Fresh ones begin here, far from those that people choose.
 FIRST_SEED = 1_000_000
-# Of pooled standard errors, by which a difference is taken for one.
-ERRORS_APART = 2.0
-MAX_RISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -148,42 +145,46 @@ def judge(
     }
     where = ", ".join(f"{key} at its {edge} end" for key, edge in edges.items())
     rules = [
-        _beats_default(winner, reruns[PROXY]),
+        _beats_default(winner, reruns[PROXY], sweep.config.confirm.errors_apart),
         Rule("not at an edge", not edges, where or "every value is inside its range"),
-        _agrees_at_second_width(winner, reruns.get(SECOND_WIDTH)),
+        _agrees_at_second_width(
+            winner, reruns.get(SECOND_WIDTH), sweep.config.confirm.errors_apart
+        ),
     ]
     if LEARNING_RATE in winner.values:
-        rules.append(_is_on_safe_side(winner, reruns))
+        rules.append(_is_on_safe_side(winner, reruns, sweep.config.confirm.max_rise))
     return rules
 
 
-def _beats_default(winner: Candidate, here: Reruns) -> Rule:
+def _beats_default(winner: Candidate, here: Reruns, errors_apart: float) -> Rule:
     gain, error = here.mean(DEFAULT) - here.mean(winner.name), here.standard_error
     return Rule(
-        "beats the default", gain > ERRORS_APART * error,
+        "beats the default", gain > errors_apart * error,
         f"by {gain:.4f} ({here.mean(winner.name):.4f} against {here.mean(DEFAULT):.4f}), which "
-        f"must be more than {ERRORS_APART:g} standard errors of {error:.4f}",
+        f"must be more than {errors_apart:g} standard errors of {error:.4f}",
     )
 
 
-def _agrees_at_second_width(winner: Candidate, there: Reruns | None) -> Rule:
+def _agrees_at_second_width(
+    winner: Candidate, there: Reruns | None, errors_apart: float
+) -> Rule:
     name = "agrees at two widths"
     if there is None:
         return Rule(name, False, "not measured: the sweep has no second width")
     best = min(there.losses, key=there.mean)
     behind, error = there.mean(winner.name) - there.mean(best), there.standard_error
     return Rule(
-        name, behind <= ERRORS_APART * error,
+        name, behind <= errors_apart * error,
         f"the best there is {best} ({there.mean(best):.4f}); the winner is {behind:.4f} behind, "
-        f"which must be at most {ERRORS_APART:g} standard errors of {error:.4f}",
+        f"which must be at most {errors_apart:g} standard errors of {error:.4f}",
     )
 
 
-def _is_on_safe_side(winner: Candidate, reruns: Measured) -> Rule:
+def _is_on_safe_side(winner: Candidate, reruns: Measured, max_rise: float) -> Rule:
     rise = reruns[DOUBLE_RATE].mean(winner.name) / reruns[PROXY].mean(winner.name) - 1
     return Rule(
-        "safe at twice the learning rate", rise < MAX_RISE,
-        f"the loss changes by {rise:+.2%}, which must be below {MAX_RISE:+.0%}",
+        "safe at twice the learning rate", rise < max_rise,
+        f"the loss changes by {rise:+.2%}, which must be below {max_rise:+.0%}",
     )
 
 

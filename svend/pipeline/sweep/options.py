@@ -40,10 +40,16 @@ class Pruner(Enum):
 
 @dataclass(kw_only=True)
 class Confirmation:
-    """How a sweep's result is tried again before it may be carried upward."""
+    """How a sweep's result is tried again before it may be carried upward.
 
-    top: int = 5
-    seeds: int = 3
+    errors_apart: standard errors by which a difference is taken for one. max_rise: of the loss at
+    twice the learning rate, as a share.
+    """
+
+    top: int
+    seeds: int
+    errors_apart: float
+    max_rise: float
     second_width: dict[str, int] = field(default_factory=dict)
 
 
@@ -61,8 +67,8 @@ class SweepConfig:
     steps: int
     report_steps: int
     seed: int
+    confirm: Confirmation
     settings: dict[str, Any] = field(default_factory=dict)
-    confirm: Confirmation = field(default_factory=Confirmation)
 
     def check(self) -> None:
         """Raise ConfigError for a sweep that could find nothing."""
@@ -77,6 +83,9 @@ class SweepConfig:
         _require(confirm.top >= 0, "confirm.top", confirm.top, "at least 0; 0 confirms nothing")
         _require(confirm.seeds >= 2, "confirm.seeds", confirm.seeds,
                  "at least 2: noise is measured between them")
+        for name in ("errors_apart", "max_rise"):
+            value = getattr(confirm, name)
+            _require(math.isfinite(value) and value > 0, f"confirm.{name}", value, "above 0")
 
 
 @dataclass(frozen=True)
