@@ -251,7 +251,10 @@ def test_attention_is_scaled_by_the_base_head_size_over_the_head_size() -> None:
             scale=math.sqrt(16) / 32,
         )
         expected = attention.o_proj(out_BHTS.transpose(1, 2).reshape(1, 12, -1))
+        attention.query_factor = without(scaling_rules(config), Rule.ATTENTION).attention
+        unscaled = attention(x_BTD, *still, layout, False)
     torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5)
+    assert (unscaled - expected).abs().max() > 1e-3
 
 
 def test_multipliers_are_where_the_rules_say() -> None:

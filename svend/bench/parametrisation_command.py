@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,8 +135,6 @@ def run_transfer(options: argparse.Namespace) -> int:
     _check_widths(options.widths, 32)
     if not (options.lowest > 0 and options.factor > 1):
         raise UserError("--lowest must be above 0, and --factor above 1")
-    # One thread to a run: set before torch is loaded, which the processes inherit.
-    os.environ["OMP_NUM_THREADS"] = "1"
     from rich.console import Console
 
     from svend.bench import transfer
@@ -148,11 +145,12 @@ def run_transfer(options: argparse.Namespace) -> int:
         shifts_of,
         transfer_table,
     )
+    from svend.data.records import file_digest
 
     data = Path(options.data).expanduser()
     setting = transfer.Setting(
         options.optimizer, options.widths[0], options.depths[0], options.vocabulary, options.batch,
-        options.length, options.steps, transfer.digest(data),
+        options.length, options.steps, file_digest(data),
     )
     cases = transfer.plan_cases(
         options.parametrisations, options.widths, options.depths,

@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 
 from svend.data.corpus import TokenArray, read_texts
 from svend.data.documents import Kind
-from svend.data.records import file_digest
 from svend.data.stream import BatchStream, PackedSequences
 from svend.data.tokenizer import train_tokenizer
 from svend.errors import DataError, UserError
@@ -229,14 +228,9 @@ def read_results(file: Path, setting: Setting) -> dict[Case, Result]:
     return {result.case: result for result in results}
 
 
-def write_results(file: Path, setting: Setting, results: Sequence[Result] | Any) -> None:
+def write_results(file: Path, setting: Setting, results: Iterable[Result]) -> None:
     """Write the setting and all results, whole or not at all."""
     tree = {"setting": asdict(setting), "runs": [asdict(result) for result in results]}
     writing = file.with_name(f"{file.name}.writing")
     writing.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     writing.replace(file)
-
-
-def digest(data: Path) -> str:
-    """Return the hash of the data file. Raises DataError if it cannot be read."""
-    return file_digest(data)

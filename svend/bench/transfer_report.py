@@ -194,7 +194,10 @@ def plot_transfer(curves: Sequence[Curve], path: Path) -> None:
             for curve in curves:
                 if curve.parametrisation != name or getattr(curve, fixed) != value:
                     continue
-                means, spreads = np.array(curve.means), np.array(curve.spreads)
+                known = np.isfinite(curve.means)  # a line breaks where a seed diverged
+                means, spreads = (
+                    np.where(known, values, np.nan) for values in (curve.means, curve.spreads)
+                )
                 (line,) = axis.plot(curve.rates, means, label=f"{varied} {getattr(curve, varied)}")
                 axis.fill_between(
                     curve.rates, means - spreads, means + spreads, color=line.get_color(), alpha=0.2

@@ -6,15 +6,16 @@ CompleteP (Dey et al. 2025, arXiv 2505.01618, with alpha = 1) is the maximal upd
 their changes in a step keep their size as width and depth grow, so that the best learning rate of
 a small model is that of a large one. docs/parametrisation.md has the table.
 
-Gradients, by which epsilon goes: a logit is h w / m_N, and a branch enters the residual divided by
-m_L, so that gradients outside the blocks are of size 1 / m_N and within 1 / (m_N m_L).
+Epsilon goes as the gradients that it is added to: a logit is h w / m_N, and a branch enters the
+residual divided by m_L, so that gradients are of size 1 / m_N outside the blocks and 1 / (m_N m_L)
+within.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ class ScalingRules:
     residual: float = 1.0
     logits: float = 1.0
     attention: float = 1.0
-    init_std: Mapping[Group, float] = field(default_factory=dict)
+    init_std: Mapping[Group, float]
     adamw: Mapping[Group, Factors]
     muon: Mapping[Group, Factors]
 

@@ -26,6 +26,7 @@ class Muon(torch.optim.Optimizer):
     without products in bf16 that takes many times as long as the model's own forward and backward.
     Matrices of one shape go through the iteration together.
 
+    parameters: matrices, or groups of them with settings of their own, as torch takes them.
     dtype: of the iteration; None for bf16, or fp32 on a CPU without products in bf16.
     """
 
