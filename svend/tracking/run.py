@@ -85,7 +85,7 @@ class TrackedRun:
             raise TrackingError(
                 f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
                 f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that "
-                "the run's run.json names"
+                "it was begun in"
             ) from error
         attempt = os.environ.pop(RUN_ID, None)
         if attempt is not None:

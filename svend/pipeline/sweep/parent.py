@@ -38,6 +38,7 @@ from svend.pipeline.sweep.study import FINISHED, PARENT_RUN, RUN, TASK, Place, S
 from svend.tracking.run import TrackedRun, end_orphans, environment_tags, joined_experiment_name
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class _Parent:
     def _wait_for(self, what: str, wanted: int, look: Callable[[], list[FrozenTrial]]) -> None:
         """Show trials as they end, until so many have; replace dead workers."""
         progress = SweepProgress(self._console, what, wanted, look)
+        looked_seconds = time.monotonic()
         with progress:
             while not progress.update():
                 if self._signals.requested is not None:
@@ -174,8 +176,11 @@ class _Parent:
                         f"interrupted by {self._signals.requested.name} with {progress.ended} of "
                         f"{wanted} {what}, kept; the same command goes on"
                     )
-                if self._workers.replace_dead():
+                # Workers of other machines die unseen.
+                silent = time.monotonic() - looked_seconds > LOOK_SECONDS
+                if self._workers.replace_dead() or silent:
                     self._recover()
+                    looked_seconds = time.monotonic()
                 time.sleep(POLL_SECONDS)
 
     def _recover(self) -> None:

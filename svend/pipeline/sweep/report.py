@@ -187,11 +187,13 @@ def _summary(
     """Return the page: the verdict and why, the values, the reruns, the trials."""
     promotable = bool(rules) and all(rule.holds for rule in rules)
     default = sweep.default_values()
+    name, best = _winner_or_best(winner, trials, sweep)
     values = pd.DataFrame(
         {"key": d.key, "searched": d.describe(), "default": _short(default[d.key]),
-         "winner": _short(winner.values.get(d.key)) if winner else "none"}
+         name: _short(best.get(d.key, "none"))}
         for d in sweep.space
     )
+    again = reruns_frame(reruns)
     verdict = pd.DataFrame(
         {"condition": r.name, "holds": "yes" if r.holds else "NO", "measured": r.why}
         for r in rules
@@ -201,13 +203,26 @@ def _summary(
         f"<h1>{html.escape(place.study)}: {'promotable' if promotable else 'not promotable'}</h1>",
         "" if promotable else "<p>The default stays: carry nothing upward.</p>",
         _table(verdict), "<h2>Values</h2>", _table(values),
-        "<h2>Reruns on fresh seeds</h2>", _table(reruns_frame(reruns)),
+        "<h2>Reruns on fresh seeds</h2>", "<p>none</p>" if again.empty else _table(again),
         f"<h2>All trials</h2><p>Plots: {PLOTS}, and as PNG beside it. "
         f"{html.escape(' '.join(notes))}</p>",
         _table(ordered),
     ]
     body = "\n".join(parts).replace("<td>NO</td>", '<td style="background:#f8c8c8">NO</td>')
     return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{body}"
+
+
+def _winner_or_best(
+    winner: Candidate | None, trials: pd.DataFrame, sweep: Sweep
+) -> tuple[str, dict[str, Any]]:
+    """Return the winner's values, or those of the best trial where nothing was run again."""
+    if winner is not None:
+        return f"winner, {winner.name}", dict(winner.values)
+    complete = trials[trials["state"] == "complete"]
+    if complete.empty:
+        return "best trial", {}
+    best = complete.sort_values("loss").iloc[0]
+    return f"best, trial {best['trial']}", {d.key: best[d.key] for d in sweep.space}
 
 
 def _table(frame: pd.DataFrame) -> str:

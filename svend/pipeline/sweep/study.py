@@ -147,7 +147,12 @@ class SweepStudy:
 
     @property
     def parent_run_id(self) -> str:
-        return str(self.study.user_attrs[PARENT_RUN])
+        run_id = self.study.user_attrs.get(PARENT_RUN)
+        if run_id is None:
+            raise UserError(
+                f"study {self.study.study_name}: has no run yet; join it once its parent has begun"
+            )
+        return str(run_id)
 
     def claim(self, wanted: int) -> optuna.Trial | None:
         """Return a trial to run, one put in line first; None if there is none for now.
