@@ -110,6 +110,7 @@ def test_the_notebook_runs_from_top_to_bottom_without_colab(small_environment: W
     assert (folder / "work" / "mlflow.db").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_whose_kernel_died_goes_on_from_its_last_checkpoint(
     small_environment: Workplace,
 ) -> None:

@@ -130,6 +130,7 @@ def test_what_training_waited_for_is_measured(finished: tuple[Run, str]) -> None
     assert "first step after" in output
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_trace_and_a_table_in_the_run(workplace: Workplace) -> None:
     done = workplace.run(workplace.train_command(
         "--profile", training__max_steps="2", training__validation_gates__perplexity="1e9"
@@ -358,6 +359,7 @@ def test_a_run_killed_before_its_verdict_gets_it_when_resumed(workplace: Workpla
     assert client.get_registered_model("svend-debug").aliases["standard"] == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_log_otherwise_and_only_one_process_may_train_it(
     workplace: Workplace,
 ) -> None:

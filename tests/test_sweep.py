@@ -203,6 +203,6 @@ def test_a_dry_run_prints_space_budget_and_time_and_makes_nothing(workplace: Wor
     done = workplace.run(command(workplace, "--dry-run"))
     assert done.returncode == 0, done.stdout
     for text in ("training.learning_rate", "0.001 to 0.03, logarithmic", "12 trials by tpe",
-                 "with pruner halving about", "reruns of the best 1 and the default"):
+                 "with pruner none about", "reruns of the best 1 and the default"):
         assert text in done.stdout
     assert list(workplace.folder.iterdir()) == []

@@ -100,6 +100,7 @@ def test_two_processes_that_want_the_same_make_it_once(tmp_path: Path) -> None:
     assert "by another process; waiting for it" in waited
 
 
+@pytest.mark.slow
 def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", many_questions(3 * 16 * CHUNK_BYTES // 200 // 2))
     fingerprints = {
