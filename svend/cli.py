@@ -213,7 +213,7 @@ def _evaluate(known: argparse.Namespace, rest: Sequence[str]) -> int:
 def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]) -> int:
     try:
         groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
-        found = sweep_command.run(known, groups, _overrides(rest), arguments)
+        sweep_command.run(known, groups, _overrides(rest), arguments)
     except UserError as error:
         if not known.join:
             _end_joined_run(error)
@@ -221,7 +221,7 @@ def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[s
     except Interrupted as interruption:
         print(f"error: {interruption}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0 if found else EXIT_USER_ERROR
+    return 0
 
 
 def _end_joined_run(error: UserError) -> None:
@@ -246,11 +246,15 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         from svend.pipeline.runner import PipelineRunner
 
         if config.hparams is not None:
-            from svend.pipeline.hyperparameters import find_hyperparameters
+            from svend.pipeline.hyperparameters import (
+                fetch_hyperparameters,
+                locate_hyperparameters,
+            )
 
-            # Below what is set by hand.
-            found = find_hyperparameters(config.hparams, config.training.data.recipe)
-            config = load_config(groups, [*found.settings(), *overrides])
+            address = locate_hyperparameters(config.hparams, config.training.data.recipe)
+            found = fetch_hyperparameters(address)
+            # Below what is set by hand. By its address: a name may mean another result tomorrow.
+            config = load_config(groups, [*found.settings(), *overrides, ("hparams", address)])
         runner = PipelineRunner(config)
     except UserError as error:
         _end_joined_run(error)

@@ -16,7 +16,7 @@ from svend.pipeline.hyperparameters import (
     FoundAt,
     Hyperparameters,
     carry,
-    find_hyperparameters,
+    fetch_hyperparameters,
     read_hyperparameters,
 )
 
@@ -57,7 +57,7 @@ def test_a_result_that_is_not_promotable_is_refused_with_its_reason(tmp_path: Pa
     path = tmp_path / "hparams.yaml"
     path.write_text(found(promotable=False).to_yaml())
     with pytest.raises(ConfigError, match=r"not promotable .beats the default: by 0.; run a sweep"):
-        find_hyperparameters(str(path), "embedded")
+        fetch_hyperparameters(str(path))
 
 
 @pytest.mark.parametrize(

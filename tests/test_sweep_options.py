@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -45,6 +44,11 @@ def test_a_second_width_is_laid_over_the_proxy() -> None:
     assert (config.model.hidden_size, config.training.seed) == (32, 5)
 
 
+def test_a_setting_of_the_proxy_gives_way_by_its_long_name_too() -> None:
+    for key in ("data.num_samples", "training.data.num_samples"):
+        assert load(**{key: "123"}).trial_config({}).training.data.num_samples == 123
+
+
 def test_a_mapping_is_replaced_as_a_whole_and_by_its_keys() -> None:
     assert load(sweep__confirm__second_width="{}").config.confirm.second_width == {}
     changed = load(**{"sweep.settings.data.num_samples": "7"}).config.settings
@@ -72,6 +76,7 @@ def test_a_mapping_is_replaced_as_a_whole_and_by_its_keys() -> None:
         (None, {"sweep__sampler": "cmaes"}, "sweep.sampler = cmaes: must be one of tpe, gp"),
         (None, {"sweep__trails": "3"}, "unknown key sweep.trails: did you mean sweep.trials?"),
         (None, {"sweep__report_steps": "100"}, "at most sweep.steps"),
+        (None, {"training__max_steps": "9"}, "= 9: a sweep sets it; give sweep.steps"),
         (None, {"training__learning_rate": "1e-3"}, "is in the sweep's space and set by hand"),
         (None, {"sweep__confirm__second_width__model.hidden_size": "64",
                 "sweep__confirm__second_width__model.num_attention_heads": "2"},
@@ -97,7 +102,7 @@ def test_the_definition_changes_with_the_space_and_not_with_the_number_of_trials
     assert load(LOG_RATE).definition() != load().definition()
     assert load(sweep__steps="70").definition() != load().definition()
     assert load(training__batch_size="3").definition() != load().definition()
-    json.loads(load().definition())
+    assert load(checkpoint_dir="elsewhere", data__cache_dir="x").definition() == load().definition()
 
 
 @given(

@@ -81,8 +81,8 @@ def test_a_trial_of_a_killed_worker_is_put_in_line_once_and_ends(place: Place) -
         assert study.recover() == []  # its worker lives
         (running,) = study.trials
         worker.send_signal(signal.SIGKILL)
-    assert study.recover() == [0]
-    assert study.recover() == [0]  # still in line, and only once
+    assert study.recover() == ["trial-0"]
+    assert study.recover() == []  # in line already
     assert [t.state for t in study.trials] == [TrialState.WAITING]
     again = study.claim(3)
     assert again is not None
@@ -112,7 +112,8 @@ def test_a_parent_killed_between_closing_a_trial_and_lining_it_up_forgets_none(
             patch.setattr(study.study, method, die)
             study.release(trial)
             study.recover()
-    assert study.recover() == [0]
+    assert study.recover() == ["trial-0"]
+    assert [t.state for t in study.trials] == [TrialState.WAITING]
     again = study.claim(2)
     assert again is not None
     assert again.user_attrs[RUN] == "the run"
@@ -169,4 +170,4 @@ def test_a_silent_worker_of_another_machine_is_dead_after_a_while(
     trial.set_user_attr("worker", "elsewhere:1:0.00")
     assert study.recover() == []
     trial.set_user_attr("beat_seconds", time.time() - 1000)
-    assert study.recover() == [0]
+    assert study.recover() == ["trial-0"]

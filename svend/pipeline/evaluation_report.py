@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -22,6 +20,7 @@ from rich.table import Table
 from svend.evaluation.benchmark import Answer, Sample
 from svend.evaluation.harness import BenchmarkResult
 from svend.evaluation.measurement import Measurement
+from svend.pipeline.progress import TerminalBar
 
 STYLE = (
     "body{font:13px sans-serif;margin:12px}table{border-collapse:collapse;width:100%}"
@@ -31,28 +30,15 @@ STYLE = (
 )
 
 
-class AnswerProgress:
+class AnswerProgress(TerminalBar):
     """A progress bar for the answers of each benchmark; a plain line at its end elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TimeRemainingColumn(), console=console, transient=True,
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(bar_width=24),
+            MofNCompleteColumn(), TimeRemainingColumn(),
         )
         self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> AnswerProgress:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def advance(self, benchmark: str, done: int, asked: int) -> None:
         """Show how many of the answers to a benchmark are there."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from svend.errors import ConfigError
 from svend.pipeline.config import Optimizer, Parametrisation, PipelineConfig, TrainingConfig
+from svend.pipeline.loading import value_at
 from svend.pipeline.schema import build, read_yaml, to_tree, to_yaml
 from svend.tracking.run import fetch_artifact, newest_run
 
@@ -99,30 +100,39 @@ def read_hyperparameters(path: Path) -> Hyperparameters:
     return build(Hyperparameters, read_yaml(path), prefix=f"{path.name}: ")
 
 
-def find_hyperparameters(place: str, recipe: str) -> Hyperparameters:
-    """Return what a file, an artifact (runs:/ID/hparams.yaml) or a sweep's name has found.
+def locate_hyperparameters(place: str, recipe: str) -> str:
+    """Return the address of a result: a file or artifact is one, a sweep's name is looked up.
 
     By name it is the newest promotable result on this data recipe. Raises ConfigError if there is
-    none, or if the result may not be carried upward.
+    none.
     """
-    if ":/" not in place and not place.endswith((".yaml", ".yml")):
-        tags = {"svend.sweep": place, "svend.promotable": "true", "svend.recipe": recipe}
-        run_id = newest_run(tags)
-        if run_id is None:
-            raise ConfigError(
-                f"hparams = {place}: no sweep of that name has a promotable result on the data "
-                f"recipe {recipe}; give runs:/ID/{HYPERPARAMETERS}, or run svend sweep"
-            )
-        place = f"runs:/{run_id}/{HYPERPARAMETERS}"
-    if ":/" in place:
+    if ":/" in place or place.endswith((".yaml", ".yml")):
+        return place
+    run_id = newest_run(
+        {"svend.sweep": place, "svend.promotable": "true", "svend.recipe": recipe}
+    )
+    if run_id is None:
+        raise ConfigError(
+            f"hparams = {place}: no sweep of that name has a promotable result on the data recipe "
+            f"{recipe}; give runs:/ID/{HYPERPARAMETERS}, or run svend sweep"
+        )
+    return f"runs:/{run_id}/{HYPERPARAMETERS}"
+
+
+def fetch_hyperparameters(address: str) -> Hyperparameters:
+    """Return what a file or an artifact (runs:/ID/hparams.yaml) holds.
+
+    Raises ConfigError if it holds no result, or one that may not be carried upward.
+    """
+    if ":/" in address:
         with tempfile.TemporaryDirectory() as folder:
-            found = read_hyperparameters(fetch_artifact(place, Path(folder)))
+            found = read_hyperparameters(fetch_artifact(address, Path(folder)))
     else:
-        found = read_hyperparameters(Path(place).expanduser())
+        found = read_hyperparameters(Path(address).expanduser())
     if not found.promotable:
         raise ConfigError(
-            f"hparams = {place}: not promotable ({'; '.join(found.why) or 'not confirmed'}); run a "
-            "sweep that is, or set the values that you trust by hand"
+            f"hparams = {address}: not promotable ({'; '.join(found.why) or 'not confirmed'}); run "
+            "a sweep that is, or set the values that you trust by hand"
         )
     return found
 
@@ -143,7 +153,7 @@ def carry(
     rows = []
     for key, value in found.values.items():
         section, _, name = key.rpartition(".")
-        now = _value_at(config, key)
+        now = value_at(config, key)
         if now != value:
             rows.append(Carried(key, value, now, "set by hand"))
             continue
@@ -207,10 +217,3 @@ def _tokens_per_step(training: TrainingConfig) -> int:
     length = training.data.max_seq_length
     assert length is not None  # set by PipelineConfig.resolve
     return training.batch_size * training.gradient_accumulation_steps * length
-
-
-def _value_at(config: PipelineConfig, key: str) -> Any:
-    node: Any = to_tree(config)
-    for part in (("training." if key.startswith("data.") else "") + key).split("."):
-        node = node[part]
-    return node

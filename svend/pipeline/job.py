@@ -37,7 +37,8 @@ from svend.pipeline.hyperparameters import (
     Carried,
     Hyperparameters,
     carry,
-    find_hyperparameters,
+    fetch_hyperparameters,
+    locate_hyperparameters,
     read_hyperparameters,
 )
 from svend.pipeline.record import record_hyperparameters, record_inputs
@@ -204,7 +205,8 @@ def _find_hyperparameters(
         return None
     if folder is not None:
         return read_hyperparameters(folder.path / HYPERPARAMETERS)
-    return find_hyperparameters(config.hparams, config.training.data.recipe)
+    recipe = config.training.data.recipe
+    return fetch_hyperparameters(locate_hyperparameters(config.hparams, recipe))
 
 
 def _checkpoint_manager(config: PipelineConfig, folder: RunFolder) -> CheckpointManager:

@@ -9,7 +9,14 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
 from svend.pipeline.options import DataConfig, PipelineConfig
-from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml
+from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to_tree
+
+# Where things lie and how much is kept: a resumed run, or a sweep's worker, may differ in these.
+MAY_CHANGE = {
+    "checkpoint_dir", "checkpoint_cache_dir", "training.data.cache_dir", "training.data.path",
+    "training.data.heldout_path", "training.logging_steps", "training.profile",
+    "training.save_total_limit",
+}
 
 
 def load_config(
@@ -52,6 +59,19 @@ def load_saved_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     return build(PipelineConfig, tree).resolve()
 
 
+def full_key(key: str) -> str:
+    """Return a dotted key as it is in the configuration: `data.` is short for `training.data.`."""
+    return f"training.{key}" if key.startswith("data.") else key
+
+
+def value_at(config: PipelineConfig, key: str) -> Any:
+    """Return the value at a dotted key, enums by their value."""
+    node: Any = to_tree(config)
+    for part in full_key(key).split("."):
+        node = node[part]
+    return node
+
+
 def _name_by_sources(data: DataConfig, recipe: str) -> None:
     """Take a recipe's name and purpose off sources that are not the recipe's."""
     named = read_group("data", recipe)["training"]["data"]
@@ -61,7 +81,7 @@ def _name_by_sources(data: DataConfig, recipe: str) -> None:
 
 def _set(tree: dict[str, Any], key: str, text: str) -> dict[str, Any]:
     """Return `tree` with the value written in `text` (YAML) at the dotted `key`."""
-    parts = (("training." if key.startswith("data.") else "") + key).split(".")
+    parts = full_key(key).split(".")
     if not all(parts):
         raise ConfigError(f"'{key}' is not a key: expected a form such as training.max_steps")
     root = dict(tree)

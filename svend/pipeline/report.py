@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from svend.data.stream import PackedSequences
 from svend.pipeline.config import Parametrisation, PipelineConfig, format_count
 from svend.pipeline.hyperparameters import Carried
 from svend.pipeline.infrastructure import CheckResult
+from svend.pipeline.progress import TerminalBar
 from svend.pipeline.validation import Decision
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion
@@ -117,35 +117,20 @@ def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
     return passed
 
 
-class TrainingProgress:
+class TrainingProgress(TerminalBar):
     """A progress bar on a terminal; a plain line every few seconds elsewhere."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        self._console = console
+        super().__init__(
+            console, BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+            _StatusColumn(self), transient=False,
+        )
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
         self._line_shown = self._started
         self._status = ""
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            _StatusColumn(self),
-            console=console,
-        )
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
-
-    def __enter__(self) -> TrainingProgress:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def advance(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
         """Show a step; loss and speed stay as last known where None."""

@@ -16,18 +16,13 @@ from typing import Any
 from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
+from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 VERDICTS_FILE = "verdicts.jsonl"
 LOCK_FILE = ".lock"
-# Where things lie and how much is kept: a resumed run may have these otherwise.
-MAY_CHANGE = {
-    "checkpoint_dir", "checkpoint_cache_dir", "training.data.cache_dir", "training.data.path",
-    "training.data.heldout_path", "training.logging_steps", "training.profile",
-    "training.save_total_limit",
-}
 
 
 @dataclass(frozen=True)

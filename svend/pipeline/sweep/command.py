@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 
-from svend.errors import ConfigError
+from svend.errors import ConfigError, UserError
 from svend.pipeline.groups import group_members
 from svend.pipeline.sweep.options import load_sweep
 
@@ -47,8 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(
     known: argparse.Namespace, groups: Mapping[str, str], overrides: Sequence[tuple[str, str]],
     arguments: Sequence[str],
-) -> bool:
-    """Run, show or join a sweep; return whether a result came out of it.
+) -> None:
+    """Run, show or join a sweep.
 
     arguments: the command line behind `sweep`, with which workers are started too. Raises
     UserError for what the user can mend, Interrupted after a signal.
@@ -69,9 +69,12 @@ def run(
             end_with_parent(known.parent_pid)
         number = os.getpid() if known.number is None else known.number
         Worker(sweep, place, number).run()
-        return True
-    if known.dry_run == "true":
+    elif known.dry_run == "true":
         show_dry_run(sweep, place)
-        return True
-    result = run_sweep(sweep, place, worker_command(arguments))
-    return result.winner is not None or sweep.config.confirm.top == 0
+    else:
+        result = run_sweep(sweep, place, worker_command(arguments))
+        if result.winner is None and sweep.config.confirm.top > 0:
+            raise UserError(
+                f"no result: no trial, or no rerun, came to its end; {place.folder} has the "
+                "workers' logs, and the run's sweep/trials.csv the reasons"
+            )

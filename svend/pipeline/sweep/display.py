@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from svend.device import describe_device, resolve_device, resolve_precision
+from svend.pipeline.progress import TerminalBar
 from svend.pipeline.report import format_seconds
 from svend.pipeline.sweep.confirmation import LEARNING_RATE
 from svend.pipeline.sweep.options import Pruner, Sweep
-from svend.pipeline.sweep.study import Place, best_first, origin_of
+from svend.pipeline.sweep.study import Place, best_first, name_of
 from svend.planning.plan import check_memory, plan_run
 
 
@@ -71,40 +71,27 @@ def _expected_share(sweep: Sweep) -> float:
     return share + left * (settings.steps - reached) / settings.steps
 
 
-class SweepProgress:
+class SweepProgress(TerminalBar):
     """A bar with the best so far; a plain line for each trial that ends elsewhere."""
 
     def __init__(
         self, console: Console, what: str, wanted: int, look: Callable[[], list[FrozenTrial]]
     ) -> None:
-        self._console = console
+        super().__init__(
+            console, TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[best]}"),
+        )
         self._look = look
         self._wanted = wanted
         self.ended = 0
-        self._bar = Progress(
-            TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[best]}"), console=console, transient=True,
-        )
         self._task = self._bar.add_task(what, total=wanted, best="")
         self._what = what
-
-    def __enter__(self) -> SweepProgress:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def update(self) -> bool:
         """Show what has ended since; return whether all have."""
         ended = [trial for trial in self._look() if trial.state.is_finished()]
         best = next(iter(best_first(ended)), None)
-        text = "" if best is None else f"best {best.value:.4f} (trial {origin_of(best)})"
+        text = "" if best is None else f"best {best.value:.4f} ({name_of(best)})"
         pruned = sum(t.state is TrialState.PRUNED for t in ended)
         failed = sum(t.state is TrialState.FAIL for t in ended)
         text += f"{', ' if text else ''}{pruned} stopped early" if pruned else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -14,11 +13,13 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
+from svend.pipeline.loading import MAY_CHANGE, full_key, value_at
 from svend.pipeline.schema import build, parse_value, to_tree
 
 Value = float | int | str | bool | None
 Settings = dict[str, Any]
 PREFIX = "sweep."
+SET_BY_SWEEP = {"training.max_steps": "sweep.steps", "training.save_steps": "sweep.report_steps"}
 
 
 class Sampler(Enum):
@@ -160,17 +161,16 @@ class Sweep:
             "strict_validation": False,
             "training.logging_steps": 5,
             "training.quick_gate_steps": self.config.report_steps,
-            **self.config.settings,
-            "training.max_steps": self.config.steps,
-            "training.save_steps": self.config.report_steps,
             "training.save_total_limit": 1,
-            **(changes or {}),
-            **values,
+            **self.config.settings,
         }
-        pairs = [(key, json.dumps(value)) for key, value in settings.items()]
-        named = {key: text for key, text in self.overrides if key not in values}
-        own = [pair for pair in pairs if pair[0] not in named or pair[0] in (changes or {})]
-        return load_config(self.groups, [*named.items(), *own])
+        own = {"training.max_steps": self.config.steps,
+               "training.save_steps": self.config.report_steps, **(changes or {}), **values}
+        # Later ones win: the proxy, what was set by hand, what the trial is.
+        texts = {full_key(key): json.dumps(value) for key, value in settings.items()}
+        texts |= {full_key(key): text for key, text in self.overrides}
+        texts |= {full_key(key): json.dumps(value) for key, value in own.items()}
+        return load_config(self.groups, list(texts.items()))
 
     @property
     def wanted_trials(self) -> int:
@@ -182,7 +182,7 @@ class Sweep:
     def default_values(self) -> dict[str, Value]:
         """Return what the keys of the space are where nobody searches."""
         config = self.trial_config({})
-        return {dimension.key: _value_at(config, dimension.key) for dimension in self.space}
+        return {dimension.key: value_at(config, dimension.key) for dimension in self.space}
 
     def grid(self) -> dict[str, list[Value]]:
         """Return the values of each key on the grid."""
@@ -194,18 +194,19 @@ class Sweep:
         return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
 
     def definition(self) -> str:
-        """Return, as JSON, what makes trials of one study comparable."""
+        """Return, as JSON, what makes trials of one study comparable.
+
+        Where things lie is no part of it: a worker of another machine has other folders.
+        """
         config = to_tree(self.config)
         for name in ("trials", "workers", "confirm"):  # a study may be given more of these
             del config[name]
         return json.dumps(
             {"space": {d.key: d.describe() for d in self.space}, "groups": self.groups,
-             "overrides": self.overrides, **config},
+             "overrides": {key: text for key, text in self.overrides if key not in MAY_CHANGE},
+             **config},
             sort_keys=True,
         )
-
-    def digest(self) -> str:
-        return hashlib.sha256(self.definition().encode()).hexdigest()[:8]
 
 
 def load_sweep(
@@ -224,7 +225,10 @@ def load_sweep(
         if key.startswith(PREFIX):
             tree = _set(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
         else:
-            of_trials.append((key, text))
+            of_trials.append((full_key(key), text))
+    for key, text in of_trials:
+        if key in SET_BY_SWEEP:
+            raise ConfigError(f"{key} = {text}: a sweep sets it; give {SET_BY_SWEEP[key]}")
     if search is not None:
         searched = parse_value(search)
         if not isinstance(searched, dict):
@@ -240,7 +244,7 @@ def load_sweep(
     )
     if not dimensions:
         raise ConfigError("sweep.space: is empty; name at least one key to search")
-    fixed = {key for key, _ in of_trials} & {d.key for d in dimensions}
+    fixed = {key for key, _ in of_trials} & {full_key(d.key) for d in dimensions}
     if fixed:
         raise ConfigError(
             f"{min(fixed)}: is in the sweep's space and set by hand; leave out one, such as with "
@@ -313,13 +317,6 @@ def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any
     below = tree.get(first)
     inner = _set(below if isinstance(below, dict) else {}, rest, value) if rest else value
     return {**tree, first: inner}
-
-
-def _value_at(config: PipelineConfig, key: str) -> Value:
-    node: Any = to_tree(config)
-    for part in (("training." if key.startswith("data.") else "") + key).split("."):
-        node = node[part]
-    return node  # type: ignore[no-any-return]
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:

@@ -189,8 +189,7 @@ class _Parent:
         for study in (self._search, self._confirmation):
             again = study.recover()
             if again:
-                named = ", ".join(str(number) for number in again)
-                self._console.print(f"in line again, lost with their worker: {named}")
+                self._console.print(f"in line again, lost with their worker: {', '.join(again)}")
             living |= {
                 str(t.user_attrs[RUN]) for t in study.trials
                 if RUN in t.user_attrs and not t.state.is_finished()

@@ -63,7 +63,7 @@ def record_sweep(
             **{f"sweep/{state.replace(' ', '_')}_trials": float(counts.get(state, 0))
                for state in STATES.values()},
             "sweep/steps": float(steps),
-            "sweep/grid_steps_share": steps / (sweep.config.steps * max(1, len(trials))),
+            "sweep/steps_share": steps / (sweep.config.steps * max(1, len(trials))),
             **({} if best is None or best.value is None else {"sweep/best_loss": best.value}),
         },
         0,

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import optuna
 import psutil
+from optuna.exceptions import OptunaError
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from svend.errors import ConfigError, UserError
 from svend.pipeline.sweep.options import Dimension, Pruner, Sampler, Sweep, Value
@@ -62,12 +64,8 @@ class Place:
                 return RDBStorage(self.storage)
             Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(self.storage))
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, SQLAlchemyError, OptunaError) as error:
             raise UserError(f"storage {self.storage}: {_one_line(error)}") from None
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("sqlalchemy", "optuna"):
-                raise UserError(f"storage {self.storage}: {_one_line(error)}") from None
-            raise
 
 
 class SweepStudy:
@@ -186,14 +184,16 @@ class SweepStudy:
         self.study.tell(trial.number, state=TrialState.FAIL)
         self._enqueue_again(trial)
 
-    def recover(self) -> list[int]:
-        """Put in line again what was lost with a dead worker; return the trials' origins.
+    def recover(self) -> list[str]:
+        """Put in line again what was lost with a dead worker; return the names of what was.
 
         For one process at a time: the parent, which holds the sweep's lock.
         """
+        again = []
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state is TrialState.RUNNING and not worker_lives(trial):
                 self.release(trial)
+                again.append(name_of(trial))
         lost, trials = self._lost(), self.study.get_trials(deepcopy=False)
         newest = {origin_of(trial): trial for trial in trials}
         for trial in newest.values():
@@ -201,8 +201,8 @@ class SweepStudy:
                 if trial.state is TrialState.RUNNING:
                     self.study.tell(trial.number, state=TrialState.FAIL)
                 self._enqueue_again(trial)
-        return [origin_of(t) for t in self.trials
-                if t.state is TrialState.WAITING and ORIGIN in t.user_attrs]
+                again.append(name_of(trial))
+        return again
 
     def _lost(self) -> set[int]:
         return {int(name.removeprefix(LOST)) for name in self.study.user_attrs
@@ -235,7 +235,7 @@ def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that ran to their end, the best first, those that diverged last."""
     done = [t for t in trials if t.state is TrialState.COMPLETE and t.value is not None]
     return sorted(done, key=lambda t: (any(c > 0 for c in t.constraints.values()),
-                                       t.value or math.inf, t.number))
+                                       math.inf if t.value is None else t.value, t.number))
 
 
 def suggest(trial: optuna.Trial, space: tuple[Dimension, ...]) -> dict[str, Value]:
@@ -281,6 +281,12 @@ def make_pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 def origin_of(trial: FrozenTrial | optuna.Trial) -> int:
     """Return the number of a trial's first attempt, by which a person knows it."""
     return int(trial.user_attrs.get(ORIGIN, trial.number))
+
+
+def name_of(trial: FrozenTrial | optuna.Trial) -> str:
+    """Return what a trial or a rerun is called."""
+    task = trial.user_attrs.get(TASK)
+    return f"trial-{origin_of(trial)}" if task is None else str(json.loads(task)["name"])
 
 
 def worker_name() -> str:

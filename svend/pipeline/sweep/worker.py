@@ -28,7 +28,7 @@ from svend.pipeline.sweep.study import (
     TASK,
     Place,
     SweepStudy,
-    origin_of,
+    name_of,
     suggest,
 )
 from svend.tracking.run import experiment_of
@@ -80,7 +80,7 @@ class Worker:
         if trial is None:
             return None
         values = suggest(trial, self._sweep.space)
-        return self._work(self._search, trial, f"trial-{origin_of(trial)}", values, {})
+        return self._work(self._search, trial, values, {})
 
     def _take_task(self) -> Work | None:
         trial = self._confirmation.claim(0)
@@ -88,12 +88,13 @@ class Worker:
             return None
         task: dict[str, Any] = json.loads(trial.user_attrs[TASK])
         changes = {"training.seed": task["seed"], **task["changes"]}
-        return self._work(self._confirmation, trial, task["name"], task["values"], changes)
+        return self._work(self._confirmation, trial, task["values"], changes)
 
     def _work(
-        self, study: SweepStudy, trial: optuna.Trial, name: str, values: dict[str, Value],
+        self, study: SweepStudy, trial: optuna.Trial, values: dict[str, Value],
         changes: dict[str, Any],
     ) -> Work:
+        name = name_of(trial)
         folder = self._place.folder / "trials" / name
         config = self._sweep.trial_config(values, {
             **changes,
