@@ -46,6 +46,7 @@ def comparison() -> Comparison:
     )
 
 
+@pytest.mark.slow
 def test_each_contestant_is_timed_in_every_round_on_a_model_of_the_same_size(
     comparison: Comparison,
 ) -> None:
@@ -64,6 +65,7 @@ def test_each_contestant_is_timed_in_every_round_on_a_model_of_the_same_size(
     assert theirs.ratio_to_ours == pytest.approx(sum(a / b for a, b in pairs) / 2)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plot_show_every_contestant(
     comparison: Comparison, tmp_path: Path
 ) -> None:

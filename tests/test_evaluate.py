@@ -94,6 +94,7 @@ def test_a_version_is_measured_and_the_record_leads_from_one_to_the_other(
     assert sorted(version.aliases) == ["quick", "standard"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answers_whatever_the_batch_size(
     trained: Workplace, tmp_path: Path
 ) -> None:

@@ -318,6 +318,7 @@ def test_a_mistake_in_the_configuration_fails_the_run_that_mlflow_run_made(
     assert run.data.tags["svend.reason"].startswith("unknown scale 'huge': choose one of tiny")
 
 
+@pytest.mark.slow
 def test_without_strict_validation_a_failed_gate_is_recorded_and_the_run_goes_on(
     workplace: Workplace,
 ) -> None:
@@ -332,6 +333,7 @@ def test_without_strict_validation_a_failed_gate_is_recorded_and_the_run_goes_on
     assert set(client.get_registered_model("svend-debug").aliases) == {"quick"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the real GSM8K is not on this machine")
 def test_the_real_gsm8k_trains_with_its_own_test_set_held_out(workplace: Workplace) -> None:
     done = workplace.run(workplace.train_command("--data", "gsm8k", data__path=str(GSM8K)))
@@ -342,6 +344,7 @@ def test_the_real_gsm8k_trains_with_its_own_test_set_held_out(workplace: Workpla
     assert heldout[40] < heldout[0] - 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_verdict_gets_it_when_resumed(workplace: Workplace) -> None:
     # The verdict on the only checkpoint, the last, is taken away, as a kill right after the save
     # would leave it.
@@ -384,6 +387,7 @@ def test_a_resumed_run_may_log_otherwise_and_only_one_process_may_train_it(
     resumed.communicate()
 
 
+@pytest.mark.slow
 def test_a_gate_that_failed_still_stands_when_the_run_is_resumed(workplace: Workplace) -> None:
     strict = {"training__validation_gates__perplexity": "1.5"}
     assert workplace.run(workplace.train_command(**strict)).returncode == 1
