@@ -18,6 +18,7 @@ from svend.pipeline.config import (
     load_config,
     print_scale_comparison,
 )
+from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
 
 OVERRIDE_HELP = """\
@@ -47,6 +48,7 @@ GROUP_HELP = {
     "gates": "gate set",
     "preset": "size of the run; the scale's own where left out",
 }
+WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "history", "audit", "lineage")
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -55,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         known, rest = _parser().parse_known_args(arguments)
-        if known.command in ("scales", "bench", "coordcheck"):
+        if known.command in WITHOUT_CONFIG:
             return _run_without_config(known, rest)
-        if known.command == "evaluate":
-            return _evaluate(known, rest)
+        if known.command in ("evaluate", "promote"):
+            return {"evaluate": _evaluate, "promote": _promote}[known.command](known, rest)
         if known.command == "sweep":
             return _sweep(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
         return _run_pipeline(known, rest)
@@ -76,6 +78,12 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"{name} takes no option {rest[0]}; see --help")
     if known.command == "scales":
         print_scale_comparison()
+        return 0
+    if known.command == "audit":
+        return promotion_command.run_audit(known)
+    if known.command in ("history", "lineage"):
+        show = {"history": promotion_command.run_history, "lineage": promotion_command.run_lineage}
+        show[known.command](known)
         return 0
     measured = {
         "coordcheck": parametrisation_command.run_coordcheck,
@@ -135,6 +143,26 @@ def _parser() -> argparse.ArgumentParser:
         "Stopped or killed, the same command goes on.", sweep_command.HELP,
     )
     sweep_command.add_options(sweep)
+    for name, summary, description, epilog, add_options in (
+        ("promote", "move a version up the levels, with evidence",
+         "Have a version of the registry climb, level by level, each decided by its gates on that "
+         "very version and put on record. Where one fails nothing moves, and the exit code is 1.",
+         promotion_command.PROMOTE_HELP, promotion_command.add_promote_options),
+        ("history", "every move of a registered model",
+         "Print every move of a registered model: when, by whom, from, to, by what verdict, why.",
+         promotion_command.HISTORY_HELP, promotion_command.add_history_options),
+        ("audit", "check that every alias is backed by a verdict",
+         "Walk the registry, and name every alias that is not backed by a verdict on its weights "
+         "and every record that was tampered with.",
+         promotion_command.AUDIT_HELP, promotion_command.add_audit_options),
+        ("lineage", "from a version to everything that made it",
+         "Print what made a version: run, config, commit, data, tokenizer, parents, verdicts.",
+         promotion_command.LINEAGE_HELP, promotion_command.add_lineage_options),
+    ):
+        add_options(commands.add_parser(
+            name, help=summary, description=description, epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        ))
     bench = commands.add_parser("bench", help="time training and tokenising beside their peers",
                                 description="Benchmarks, beside what one would use instead.")
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -204,6 +232,15 @@ def _evaluate(known: argparse.Namespace, rest: Sequence[str]) -> int:
         from svend.pipeline.version_evaluation import evaluate_version
 
         evaluate_version(known.model, names, overrides)
+    except UserError as error:
+        _end_joined_run(error)
+        raise
+    return 0
+
+
+def _promote(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        promotion_command.run_promote(known, _overrides(rest))
     except UserError as error:
         _end_joined_run(error)
         raise

@@ -219,6 +219,16 @@ def test_quick_judges_the_loss(loss: float, passed: bool) -> None:
     assert verdict.evidence == Evidence(step=7)
 
 
+def test_rows_carry_the_bounds_that_decide() -> None:
+    gates = GatesConfig(confidence=0.95)
+    measured = proportion(60, 200)
+    (row, _) = PipelineValidator(gates=gates).decide(
+        GateLevel.FULL, {"accuracy": measured, "tool_accuracy": measured}
+    ).rows()
+    assert (row["low_bound"], row["high_bound"]) == measured.interval_at(0.9)
+    assert (row["low_95"], row["high_95"]) == measured.interval
+
+
 def test_quick_keeps_the_evidence_that_it_is_given() -> None:
     evidence = Evidence(5, "abc", "def", "run")
     verdict = PipelineValidator().validate_quick(nn.Linear(2, 2), 1.0, 5, evidence)
@@ -229,10 +239,10 @@ def test_rows_carry_the_measurement_the_gate_and_the_evidence() -> None:
     validator = PipelineValidator(custom_gates=[_gate(required=False)])
     evidence = Evidence(step=80, checkpoint_sha256="c0ffee", data_fingerprint="da7a", run_id="r1")
     measurements = {"accuracy": Measurement(0.25, (0.2, 0.3), 400),
-                    "tool_accuracy": Measurement(0.1, data_fingerprint="07her")}
+                    "tool_accuracy": Measurement(0.1, data_fingerprint="07her", run_id="r0")}
     rows = validator.decide(GateLevel.FULL, measurements, evidence).rows()
     shared = {"level": "full", "step": 80, "checkpoint_sha256": "c0ffee",
-              "data_fingerprint": "da7a", "run_id": "r1"}
+              "data_fingerprint": "da7a", "run_id": "r1", "low_bound": None, "high_bound": None}
     assert rows == [
         {**shared, "gate": "min_accuracy", "metric": "accuracy", "value": 0.25, "low_95": 0.2,
          "high_95": 0.3, "sample_size": 400, "comparison": ">", "threshold": 0.10,
@@ -240,7 +250,7 @@ def test_rows_carry_the_measurement_the_gate_and_the_evidence() -> None:
         {**shared, "gate": "tool_accuracy", "metric": "tool_accuracy", "value": 0.1,
          "low_95": None, "high_95": None, "sample_size": None, "comparison": ">",
          "threshold": 0.30, "required": True, "passed": False, "decision": "fail",
-         "confidence": None, "data_fingerprint": "07her"},
+         "confidence": None, "data_fingerprint": "07her", "run_id": "r0"},
         {**shared, "gate": "chemistry", "metric": "chemistry_accuracy", "value": None,
          "low_95": None, "high_95": None, "sample_size": None, "comparison": ">=",
          "threshold": 0.5, "required": False, "passed": False, "decision": "fail",

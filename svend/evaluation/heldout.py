@@ -85,6 +85,26 @@ def measure_heldout_loss(
     return HeldoutLoss(tuple(float(summed) for summed in sums), tuple(tokens))
 
 
+def measure_gradient_norm(
+    model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
+) -> float:
+    """Measure the norm of the gradient of the mean loss over batches; leaves no gradient behind."""
+    tokens = 0
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
+        with autocast(precision, device):
+            loss = model(to_device(batch.tokens_BT, device), to_device(batch.labels_BT, device),
+                         batch.documents_BT)
+        loss.backward()
+        tokens += batch.predicted_tokens
+    if tokens == 0:
+        raise DataError("the held-out part predicts no token; give longer held-out documents")
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) / tokens
+    model.zero_grad(set_to_none=True)
+    return norm
+
+
 def _mean_loss(means: Values) -> Values:
     # A resample may have drawn only sequences that predict nothing: that gives no mean.
     with np.errstate(invalid="ignore"):

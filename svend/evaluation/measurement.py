@@ -23,13 +23,15 @@ class Measurement:
 
     `bounds` gives the interval at another level, and as it would be for a multiple of the sample
     with the same value; without it, the 95% interval is taken for a normal distribution's.
-    data_fingerprint: a hash of what it was measured on, where that has one of its own.
+    data_fingerprint: a hash of what it was measured on, where that has one of its own. run_id: the
+    run that measured it, where that is another than the one that decides on it.
     """
 
     value: float
     interval: tuple[float, float] | None = None
     sample_size: int | None = None
     data_fingerprint: str | None = None
+    run_id: str | None = None
     bounds: Bounds | None = field(default=None, repr=False, compare=False)
 
     def interval_at(self, level: float, size_factor: float = 1.0) -> tuple[float, float] | None:

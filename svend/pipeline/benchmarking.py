@@ -13,6 +13,7 @@ from svend.data.documents import Document, Message, Role
 from svend.data.tokenizer import DocumentTokenizer
 from svend.evaluation.benchmark import Benchmark, Problem, ProblemSource
 from svend.evaluation.benchmarks import (
+    ANSWERED,
     LATENCY,
     MADE_ON_THE_SPOT,
     PERPLEXITY,
@@ -156,6 +157,50 @@ def evaluate_model(
     if tool_metric in measurements:
         measurements[TOOL_ACCURACY] = measurements[tool_metric]
     return Evaluation(results, measurements, time.monotonic() - started_seconds)
+
+
+def benchmark_of(metric: str, config: PipelineConfig) -> str | None:
+    """Return the name of the benchmark that measures a metric; None if none does."""
+    if metric in (LATENCY, PERPLEXITY, TOOL_ACCURACY):
+        return metric
+    for name in ANSWERED:
+        if any(metric in b.metrics for b in benchmarks_of(name, config.evaluation)):
+            return name
+    return None
+
+
+def problem_digests(config: PipelineConfig) -> dict[str, str]:
+    """Return the hash of the problems that each metric of the config's benchmarks is measured on.
+
+    Raises DataError, naming file and line, for what cannot be read.
+    """
+    digests = {
+        metric: problems_digest(question.problems)
+        for question in read_questions(config) for metric in question.benchmark.metrics
+    }
+    tool_metric = TOOL_METRICS[config.evaluation.tool_score]
+    return digests | ({TOOL_ACCURACY: digests[tool_metric]} if tool_metric in digests else {})
+
+
+def measured_how(metric: str, config: PipelineConfig) -> str:
+    """Return the settings that a metric's value depends on, beside weights and data."""
+    told = config.evaluation
+    if metric in ("loss", "perplexity"):
+        return f"{config.training.heldout_sequences} sequences"
+    name = benchmark_of(metric, config)
+    if name is None:
+        return ""
+    weights = "int8" if told.int8 else "full weights"
+    if name == LATENCY:
+        return (f"{told.latency_batch} at once, {told.latency_prompt_tokens} tokens, then "
+                f"{told.latency_new_tokens}; {weights}")
+    limit = "the benchmark's" if told.max_new_tokens is None else str(told.max_new_tokens)
+    drawn = "greedy" if told.temperature == 0 else (
+        f"temperature {told.temperature:g}, top_k {told.top_k}, top_p {told.top_p:g}, "
+        f"{told.samples_per_problem} each, seed {told.seed}"
+    )
+    score = f", by {told.tool_score.value}" if metric == TOOL_ACCURACY else ""
+    return f"{drawn}, at most {limit} tokens{score}; {weights}"
 
 
 def _time_up(deadline_seconds: float, is_stopped: Callable[[], bool]) -> Callable[[], bool]:

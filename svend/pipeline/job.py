@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from svend.pipeline.hyperparameters import (
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
-from svend.pipeline.validation import Gates, ValidationResult
+from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
@@ -95,6 +95,8 @@ class Job:
     final_loss: float = math.nan
     start_seconds: float = math.nan
     full_verdict: ValidationResult | None = None
+    # What benchmarks last measured.
+    measured: Mapping[str, Measurement] = field(default_factory=dict)
     carried: list[Carried] = field(default_factory=list)
     spent_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
-from svend.pipeline.benchmarking import Evaluation
+from svend.pipeline.benchmarking import Evaluation, measured_how
 from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.data_report import data_report_html, source_table
 from svend.pipeline.evaluation_report import samples_frame, samples_html
 from svend.pipeline.hyperparameters import HYPERPARAMETERS, Carried, Hyperparameters
+from svend.pipeline.moves import Move, MoveKind, Moves, Registration, verdict_tags
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
-from svend.pipeline.validation import GateLevel, Gates
+from svend.pipeline.validation import (
+    Evidence,
+    GateLevel,
+    Gates,
+    Measurement,
+    PipelineValidator,
+)
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
 from svend.tracking.run import TrackedRun, environment_tags, installed_packages
@@ -143,7 +152,7 @@ def record_evaluation(tracked: TrackedRun, evaluation: Evaluation, step: int) ->
         tracked.log_text(samples_html(result), f"{place}.html")
 
 
-def passed_levels(gates: Gates, rows: list[dict[str, Any]]) -> list[str]:
+def passed_levels(gates: Gates, rows: list[dict[str, Any]]) -> list[GateLevel]:
     """Return the levels whose required gates all have a passing row, up to the first without.
 
     The last row of a gate counts: a checkpoint may have been decided on again.
@@ -154,7 +163,7 @@ def passed_levels(gates: Gates, rows: list[dict[str, Any]]) -> list[str]:
         required = [gate.name for gate in of_level if gate.required]
         if not all(last.get((level.value, name), {}).get("passed") for name in required):
             break
-        passed.append(level.value)
+        passed.append(level)
     return passed
 
 
@@ -173,26 +182,27 @@ def register_version(
     model_name: str,
     corpus: Corpus,
     checkpoint: Checkpoint,
-    gates: Gates,
+    validator: PipelineValidator,
     rows: list[dict[str, Any]],
+    measured: Sequence[dict[str, Any]] = (),
 ) -> RegisteredVersion:
-    """Register a checkpoint as `model_name`, with an alias for each level that `rows` pass.
+    """Register a checkpoint as `model_name`, and move it up the levels that `rows` pass.
 
-    `rows` are the gate decisions on this very checkpoint.
+    `rows` are the gate decisions on this very checkpoint, `measured` what else was measured on it.
+    PRODUCTION is left to `svend promote`: no run takes a model there by itself.
     """
     corpus.tokenizer.save(folder.path)
     verify(checkpoint)
-    aliases = passed_levels(gates, rows)
-    tags = {
-        "svend.run_id": tracked.run_id,
-        "svend.checkpoint_sha256": checkpoint.weights_sha256,
-        "svend.data_fingerprint": corpus.fingerprint,
-        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
-        "svend.step": str(checkpoint.step),
-        "svend.stage": aliases[-1] if aliases else "none",
-        **verdict_tags(rows),
-    }
-    return register_checkpoint(
+    levels = [level for level in passed_levels(validator.gates, rows)
+              if level is not GateLevel.PRODUCTION]
+    moves = Moves.open(
+        model_name,
+        f"{model_name}, trained by Svend at scale {config.training.model_scale.value}. The aliases "
+        "quick, standard, full and production are the gate levels that a version has passed; "
+        f"`svend history {model_name}` says by what verdict.",
+    )
+    loss = checkpoint.metrics["loss"]
+    registered = register_checkpoint(
         model_name,
         [checkpoint.path / MODEL, checkpoint.path / METADATA,
          folder.path / CONFIG_FILE,
@@ -201,21 +211,55 @@ def register_version(
         checkpoint.step,
         {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
          "sha256": checkpoint.weights_sha256},
-        tags,
-        aliases,
-        f"step {checkpoint.step}: held-out loss {checkpoint.metrics['loss']:.4f}; "
-        f"passed {', '.join(aliases) or 'no level'}",
-        f"{model_name}, trained by Svend at scale {config.training.model_scale.value}. The aliases "
-        "quick, standard, full and production are the gate levels that a version has passed.",
+        {
+            "svend.run_id": tracked.run_id,
+            "svend.checkpoint_sha256": checkpoint.weights_sha256,
+            "svend.data_fingerprint": corpus.fingerprint,
+            "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+            "svend.step": str(checkpoint.step),
+            "svend.stage": "none",
+            **verdict_tags(rows),
+        },
+        f"step {checkpoint.step}: held-out loss {loss:.4f}; trained by run {tracked.run_id}",
     )
+    registration = Registration(
+        checkpoint_sha256=checkpoint.weights_sha256, data_fingerprint=corpus.fingerprint,
+        tokenizer_sha256=corpus.tokenizer.sha256, step=checkpoint.step, files=registered.files,
+    )
+    version, run_id = registered.version, tracked.run_id
+    moves.add(Move(kind=MoveKind.REGISTERED, version=version, run_id=run_id,
+                   registration=registration))
+    if measured:
+        moves.keep_rows(measured)
+    told = [{**row, "settings": measured_how(row["metric"], config)} for row in rows]
+    for level in levels:
+        verdict = moves.keep_verdict(level, validator.gates[level], validator.confidence,
+                                     _last_rows(told, level))
+        moves.add(Move(kind=MoveKind.PROMOTED, version=version, level=level, verdict=verdict,
+                       run_id=run_id, reason="decided by the run that trained it"))
+    return replace(registered, aliases=[level.value for level in levels])
 
 
-def verdict_tags(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return gate decisions as a version's tags."""
-    return {f"gate.{row['level']}.{row['gate']}": _verdict_text(row) for row in rows}
+def measurement_rows(
+    measurements: Mapping[str, Measurement], config: PipelineConfig, evidence: Evidence,
+) -> list[dict[str, Any]]:
+    """Return measurements as records of their own, in the form of a verdict's rows."""
+    confidence = config.gates.confidence
+    rows = []
+    for metric, measured in measurements.items():
+        low, high = measured.interval or (None, None)
+        bounds = None if confidence is None else measured.interval_at(2 * confidence - 1)
+        low_bound, high_bound = bounds or (None, None)
+        rows.append({
+            "metric": metric, "value": measured.value, "low_95": low, "high_95": high,
+            "low_bound": low_bound, "high_bound": high_bound, "confidence": confidence,
+            "sample_size": measured.sample_size, "settings": measured_how(metric, config),
+            **dataclasses.asdict(evidence),
+            "data_fingerprint": measured.data_fingerprint or evidence.data_fingerprint,
+        })
+    return rows
 
 
-def _verdict_text(row: dict[str, Any]) -> str:
-    value = "not measured" if row["value"] is None else f"{row['metric']} = {row['value']:.6g}"
-    verdict = {"pass": "passed", "fail": "failed"}.get(row["decision"], row["decision"])
-    return f"{verdict}: {value}, must be {row['comparison']} {row['threshold']:g}"
+def _last_rows(rows: Sequence[dict[str, Any]], level: GateLevel) -> list[dict[str, Any]]:
+    """Return the last decision of each of a level's gates."""
+    return list({row["gate"]: row for row in rows if row["level"] == level.value}.values())

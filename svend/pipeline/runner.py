@@ -36,6 +36,7 @@ from svend.pipeline.job import (
     prepare_job,
 )
 from svend.pipeline.record import (
+    measurement_rows,
     passed_levels,
     record_evaluation,
     record_verdicts,
@@ -441,6 +442,7 @@ class PipelineRunner:
                 progress.advance, lambda: signals.requested is not None,
             )
         record_evaluation(job.tracked, evaluation, step)
+        job.measured = evaluation.measurements
         self._console.print(measurement_table(evaluation.results, evaluation.measurements))
         measurements = {**heldout.measurements(), **evaluation.measurements}
         levels = [GateLevel.FULL]
@@ -502,7 +504,7 @@ class PipelineRunner:
         if undecided(self.validator.gates, rows, (GateLevel.QUICK, GateLevel.STANDARD)):
             norm = checkpoint.metrics["gradient_norm"]
             self._record_on(job, checkpoint, self._decide(job, self._evaluate(job), norm))
-        elif self.validator.strict and GateLevel.STANDARD.value not in passed_levels(
+        elif self.validator.strict and GateLevel.STANDARD not in passed_levels(
             self.validator.gates, rows
         ):
             raise GateFailure(
@@ -607,6 +609,7 @@ class PipelineRunner:
             if best.step != job.state.step:
                 job.manager.load(best, job.state.model)
                 self._console.print(f"benchmarks: on {best.checkpoint_id}, the best")
+            job.measured = {}
             self._record_on(job, best, self._evaluate_benchmarks(job, signals))
         record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9
@@ -626,7 +629,10 @@ class PipelineRunner:
             rows = job.folder.read_verdicts(best.weights_sha256)
             registered = register_version(
                 job.tracked, job.folder, job.config, job.model_name, job.corpus, best,
-                self.validator.gates, rows,
+                self.validator, rows,
+                measurement_rows(job.measured, job.config, Evidence(
+                    best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
+                )),
             )
             self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
             decided = {row["level"] for row in rows}

@@ -81,11 +81,19 @@ class GateResult:
     def decision(self) -> Decision:
         if self.measurement is None or not math.isfinite(self.measurement.value):
             return Decision.FAIL
-        interval = None if self.confidence is None else self._interval(self.measurement)
-        satisfied = {self._satisfies(bound) for bound in interval or (self.measurement.value,)}
+        satisfied = {
+            self._satisfies(bound) for bound in self.bounds or (self.measurement.value,)
+        }
         if len(satisfied) == 2:
             return Decision.UNDECIDED
         return Decision.PASS if satisfied == {True} else Decision.FAIL
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The interval's bounds that decide; None where the value does."""
+        if self.measurement is None or self.confidence is None:
+            return None
+        return self._interval(self.measurement)
 
     @property
     def samples_needed(self) -> int | None:
@@ -188,6 +196,7 @@ class ValidationResult:
             measurement = result.measurement
             low, high = (measurement.interval if measurement and measurement.interval
                          else (None, None))
+            low_bound, high_bound = result.bounds or (None, None)
             rows.append({
                 "level": self.level.value,
                 "gate": result.gate.name,
@@ -195,6 +204,8 @@ class ValidationResult:
                 "value": None if measurement is None else measurement.value,
                 "low_95": low,
                 "high_95": high,
+                "low_bound": low_bound,
+                "high_bound": high_bound,
                 "sample_size": None if measurement is None else measurement.sample_size,
                 "comparison": result.gate.comparison,
                 "threshold": result.gate.threshold,
@@ -205,6 +216,8 @@ class ValidationResult:
                 **dataclasses.asdict(self.evidence),
                 **({} if measurement is None or measurement.data_fingerprint is None
                    else {"data_fingerprint": measurement.data_fingerprint}),
+                **({} if measurement is None or measurement.run_id is None
+                   else {"run_id": measurement.run_id}),
             })
         return rows
 

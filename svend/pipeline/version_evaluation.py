@@ -25,7 +25,8 @@ from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questio
 from svend.pipeline.checkpoint_files import MODEL, read_state
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.record import EVALUATION_ARTIFACTS, record_evaluation, verdict_tags
+from svend.pipeline.moves import Moves
+from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
 from svend.pipeline.report import make_console, verdict_table, verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
@@ -66,7 +67,7 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
 
 def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[list[int]]:
     """Return the token ids of documents that the version was not trained on."""
-    heldout = _build_corpus(loaded, report).heldout
+    heldout = build_version_corpus(loaded, report).heldout
     longest = loaded.model.config.max_position_embeddings
     return [
         heldout.tokens.read(int(start), min(int(length), longest)).tolist()
@@ -146,13 +147,14 @@ def _load_model(
 def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
     """Measure the loss on the held-out part of the config's data, by the version's tokenizer."""
     training = loaded.config.training
-    corpus = _build_corpus(loaded, lambda text: console.print(f"data: {text}"))
+    corpus = build_version_corpus(loaded, lambda text: console.print(f"data: {text}"))
     sequences = PackedSequences(corpus.heldout, training.data, training.seed)
     batches = sequences.first(training.heldout_sequences)
     return measure_heldout_loss(loaded.model, batches, training.precision, loaded.device)
 
 
-def _build_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
+def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
+    """Prepare the data of a version's config, by the tokenizer that the version has."""
     training = loaded.config.training
     own = replace(training.data, tokenizer=str(loaded.version.folder / TOKENIZER))
     return build_corpus(own, loaded.model.config.vocab_size, training.seed, report)
@@ -166,26 +168,33 @@ def _decide(
     validator = PipelineValidator(
         config.strict_validation, gates=config.gates, thresholds=config.training.validation_gates
     )
-    rows = []
+    rows, decided = [], {}
     for level in (GateLevel.FULL, GateLevel.PRODUCTION):
         required = [gate.metric_name for gate in validator.gates[level] if gate.required]
         missing = [metric for metric in required if metric not in evaluation.measurements]
         if missing:
             console.print(f"{level.value}: not decided; needs {', '.join(missing)} too")
         else:
-            rows += validator.decide(level, evaluation.measurements, evidence).rows()
+            verdict = validator.decide(level, evaluation.measurements, evidence)
+            rows += verdict.rows()
+            decided[f"svend.evaluation.{level.value}"] = (
+                "passed" if verdict.passed else f"failed: {'; '.join(verdict.failures)}"
+            )
     console.print(measurement_table(evaluation.results, evaluation.measurements))
     if rows:
         tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
         tracked.log_text(verdicts_html(rows), "verdicts.html")
         console.print(verdict_table(rows, f"Verdicts on {version.name} version {version.version}"))
     measured = {f"eval.{metric}": _figure(m) for metric, m in evaluation.measurements.items()}
+    Moves.find(version.name).keep_rows(measurement_rows(evaluation.measurements, config, evidence))
     tag_version(version.name, version.version, {
-        **verdict_tags(rows), **measured, "svend.evaluation_run_id": tracked.run_id,
+        **decided, **measured, "svend.evaluation_run_id": tracked.run_id,
     })
     console.print(
         f"recorded in run {tracked.run_id} (artifacts under {EVALUATION_ARTIFACTS}/) and in the "
-        f"tags of {version.name} version {version.version}; no alias was moved", soft_wrap=True,
+        f"tags of {version.name} version {version.version}; no alias was moved: svend promote "
+        f"--model {version.name} --version {version.version} --to LEVEL does, by what is on record",
+        soft_wrap=True,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -14,21 +17,27 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from svend.data.records import file_digest
 from svend.errors import TrackingError
+from svend.tracking.ledger import retried, told_by_the_store
 
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version in the registry; `linked` says that its files take no disk space of their own."""
+    """A version in the registry; `linked` says that its files take no disk space of their own.
+
+    files: the hash of each file.
+    """
 
     name: str
     version: str
-    aliases: list[str]
     linked: bool
+    files: dict[str, str]
+    aliases: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,55 @@ def open_version(uri: str) -> OpenedVersion:
 
 
 def tag_version(name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a version."""
+    """Set tags of a version; one that was deleted keeps none."""
     client = MlflowClient()
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)
+    with told_by_the_store(f"{name} version {version}"):
+        for key, value in tags.items():
+            _unless_gone(partial(client.set_model_version_tag, name, version, key, value))
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Point an alias at a version; at one that was deleted none can point."""
+    with told_by_the_store(f"{name} version {version}"):
+        _unless_gone(partial(MlflowClient().set_registered_model_alias, name, alias, version))
+
+
+def drop_alias(name: str, alias: str) -> None:
+    """Take an alias away."""
+    with told_by_the_store(name):
+        retried(lambda: MlflowClient().delete_registered_model_alias(name, alias))
+
+
+def aliases_of(name: str) -> dict[str, str]:
+    """Return the version that each alias of a model points at."""
+    with told_by_the_store(f"model {name}"):
+        found = retried(lambda: MlflowClient().get_registered_model(name))
+    return {str(alias): str(version) for alias, version in found.aliases.items()}
+
+
+def tags_of_version(name: str, version: str) -> dict[str, str] | None:
+    """Return a version's tags; None if the registry has no such version."""
+    with told_by_the_store(f"{name} version {version}"):
+        try:
+            return dict(retried(lambda: MlflowClient().get_model_version(name, version)).tags)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return None
+
+
+def acting_user() -> str:
+    """Return who is at work: the tracking server's user, else the machine's, and the machine."""
+    name = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    return f"{name}@{socket.gethostname()}"
+
+
+def _unless_gone(call: Callable[[], None]) -> None:
+    try:
+        retried(call)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
 
 
 def _known_versions(client: MlflowClient, name: str) -> str:
@@ -102,14 +156,11 @@ def register_checkpoint(
     step: int,
     params: Mapping[str, str],
     tags: Mapping[str, str],
-    aliases: Sequence[str],
-    version_description: str,
-    model_description: str,
+    description: str,
 ) -> RegisteredVersion:
-    """Register files as a new version of `name`, and point the aliases at it.
+    """Register files as a new version of `name`, which is there.
 
     Where the artifact store is on the same file system the files are hard links, not copies.
-    Tags, the evidence, are written before aliases, the claim.
     """
     client = MlflowClient()
     experiment_id = client.get_run(run_id).info.experiment_id
@@ -124,22 +175,16 @@ def register_checkpoint(
     linked = _place_files(client, model.model_id, model.artifact_location, files)
     mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    try:
-        client.create_registered_model(name, description=model_description)
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-            raise
     version = client.create_model_version(
         name,
         f"models:/{model.model_id}",
         run_id,
         dict(tags),
-        description=version_description,
+        description=description,
         model_id=model.model_id,
     )
-    for alias in aliases:
-        client.set_registered_model_alias(name, alias, str(version.version))
-    return RegisteredVersion(name, str(version.version), list(aliases), linked)
+    hashes = {path.name: file_digest(path) for path in files}
+    return RegisteredVersion(name, str(version.version), linked, hashes)
 
 
 def _place_files(

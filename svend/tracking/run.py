@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from svend import __version__
 from svend.errors import TrackingError
@@ -212,10 +213,49 @@ def newest_run(tags: Mapping[str, str]) -> str | None:
     return found[0].info.run_id if found else None
 
 
+def runs_with_tags(tags: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield each run, of any experiment, that has all these tags: its id and all of its tags."""
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    token = None
+    while True:
+        page = client.search_runs(
+            experiments, condition, max_results=1000, page_token=token,
+            order_by=["attributes.start_time ASC"],
+        )
+        for run in page:
+            yield str(run.info.run_id), dict(run.data.tags)
+        token = page.token
+        if not token:
+            return
+
+
 def tag_of(run_id: str, name: str) -> str | None:
     """Return a run's tag, None if it has none of that name."""
     value = MlflowClient().get_run(run_id).data.tags.get(name)
     return None if value is None else str(value)
+
+
+def run_shows(run_id: str, metric: str, value: float) -> bool:
+    """Return whether a run logged this value of a metric at any step."""
+    client = MlflowClient()
+    try:
+        return any(point.value == value for point in client.get_metric_history(run_id, metric))
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return False
+
+
+def tags_of(run_id: str) -> dict[str, str]:
+    """Return a run's tags; none if the store has no such run."""
+    try:
+        return dict(MlflowClient().get_run(run_id).data.tags)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return {}
 
 
 def experiment_of(run_id: str) -> str:

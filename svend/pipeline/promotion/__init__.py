@@ -1,0 +1,1 @@
+"""Versions of the registry, moved from level to level with evidence."""
