@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,6 +106,7 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
+@functools.cache  # evaluating the annotations takes most of the time that a config takes
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
 
