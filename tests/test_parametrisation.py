@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from svend.data.records import file_digest
 from svend.errors import ConfigError, UserError
 from svend.models.attention import lay_out_documents
 from svend.models.config import BaseShape, TransformerConfig
@@ -43,8 +42,7 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.job import build_model, planned_model
 from svend.pipeline.run_folder import RunFolder, RunIdentity
-from svend.pipeline.version_evaluation import _load_model
-from svend.tracking.registry import OpenedVersion
+from svend.pipeline.version_files import WEIGHTS, load_version_model, write_weights
 from svend.training.loop import train_steps
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
@@ -365,10 +363,8 @@ def test_a_runs_model_and_its_version_have_the_parametrisation_of_the_config(
     assert model.rules == scaling_rules(model.config)
     assert (model.rules.residual, model.rules.logits) == (1 / 2, 1 / 2)
     torch.save(model.state_dict(), tmp_path / MODEL)
-    version = OpenedVersion(
-        "m", "1", None, "e", {"svend.checkpoint_sha256": file_digest(tmp_path / MODEL)}, tmp_path
-    )
-    loaded, _ = _load_model(version, config, CPU)
+    write_weights(tmp_path / MODEL, tmp_path / WEIGHTS)
+    loaded = load_version_model(tmp_path, config, CPU)
     tokens_BT = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens_BT), model.eval()(tokens_BT))

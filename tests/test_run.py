@@ -15,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from safetensors.torch import load_file
 
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import PipelineConfig
@@ -160,7 +161,7 @@ def test_the_datasets_are_inputs_of_the_run(finished: tuple[Run, str]) -> None:
     assert inputs == {(name, part) for name in sources for part in ("train", "heldout")}
 
 
-def test_the_best_checkpoint_is_registered_with_its_evidence_and_without_a_copy(
+def test_the_best_checkpoint_is_registered_with_its_evidence_and_as_safetensors(
     finished: tuple[Run, str], shared_workplace: Workplace
 ) -> None:
     run, _ = finished
@@ -174,9 +175,15 @@ def test_the_best_checkpoint_is_registered_with_its_evidence_and_without_a_copy(
     assert version.tags["svend.run_id"] == run.info.run_id
     assert version.tags["gate.standard.perplexity"].startswith("passed: perplexity = ")
     location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
-    registered = Path(location.removeprefix("file://")) / "model.pt"
-    assert registered.samefile(best.path / "model.pt")
-    state = torch.load(registered, weights_only=True)
+    folder = Path(location.removeprefix("file://"))
+    state = load_file(folder / "model.safetensors")
+    saved = torch.load(best.path / "model.pt", weights_only=True)
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    # Nothing of it is left in the run's folder, and nothing in the version's is a pickle.
+    assert not list(shared_workplace.checkpoints.glob("*/.registering-*"))
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".yaml", ".txt",
+                                                          ""}
     assert sum(tensor.numel() for tensor in state.values()) == run.data.metrics["plan/parameters"]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,6 +32,7 @@ from svend.pipeline.validation import (
     Measurement,
     PipelineValidator,
 )
+from svend.pipeline.version_files import WEIGHTS, write_weights
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
 from svend.tracking.run import TrackedRun, environment_tags, installed_packages
@@ -201,27 +204,31 @@ def register_version(
         "quick, standard, full and production are the gate levels that a version has passed; "
         f"`svend history {model_name}` says by what verdict.",
     )
-    loss = checkpoint.metrics["loss"]
-    registered = register_checkpoint(
-        model_name,
-        [checkpoint.path / MODEL, checkpoint.path / METADATA,
-         folder.path / CONFIG_FILE,
-         *(folder.path / name for name in corpus.tokenizer.files())],
-        tracked.run_id,
-        checkpoint.step,
-        {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
-         "sha256": checkpoint.weights_sha256},
-        {
-            "svend.run_id": tracked.run_id,
-            "svend.checkpoint_sha256": checkpoint.weights_sha256,
-            "svend.data_fingerprint": corpus.fingerprint,
-            "svend.tokenizer_sha256": corpus.tokenizer.sha256,
-            "svend.step": str(checkpoint.step),
-            "svend.stage": "none",
-            **verdict_tags(rows),
-        },
-        f"step {checkpoint.step}: held-out loss {loss:.4f}; trained by run {tracked.run_id}",
-    )
+    tags = {
+        "svend.run_id": tracked.run_id,
+        "svend.checkpoint_sha256": checkpoint.weights_sha256,
+        "svend.data_fingerprint": corpus.fingerprint,
+        "svend.tokenizer_sha256": corpus.tokenizer.sha256,
+        "svend.step": str(checkpoint.step),
+        "svend.stage": "none",
+        **verdict_tags(rows),
+    }
+    # On the disk of the run, so that the version can have the file as a hard link.
+    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".registering-") as place:
+        weights = Path(place) / WEIGHTS
+        write_weights(checkpoint.path / MODEL, weights)
+        registered = register_checkpoint(
+            model_name,
+            [weights, checkpoint.path / METADATA, folder.path / CONFIG_FILE,
+             *(folder.path / name for name in corpus.tokenizer.files())],
+            tracked.run_id,
+            checkpoint.step,
+            {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
+             "sha256": checkpoint.weights_sha256},
+            tags,
+            f"step {checkpoint.step}: held-out loss {checkpoint.metrics['loss']:.4f}; trained by "
+            f"run {tracked.run_id}",
+        )
     registration = Registration(
         checkpoint_sha256=checkpoint.weights_sha256, data_fingerprint=corpus.fingerprint,
         tokenizer_sha256=corpus.tokenizer.sha256, step=checkpoint.step, files=registered.files,

@@ -256,10 +256,7 @@ def show_next_steps(
     lines = [("checkpoints", str(folder.absolute()))]
     if registered is not None:
         stages = ", ".join(f"@{alias}" for alias in registered.aliases) or "no level passed"
-        space = "hard links, no second copy" if registered.linked else "uploaded"
-        lines.append(
-            ("registered", f"{registered.name} version {registered.version} ({stages}; {space})")
-        )
+        lines.append(("registered", f"{registered.name} version {registered.version} ({stages})"))
     if local:
         # By the interpreter's path: it works whether or not the environment is active.
         command = f"{shlex.quote(sys.executable)} -m mlflow ui"

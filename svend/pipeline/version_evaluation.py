@@ -13,27 +13,28 @@ from svend.data.corpus import Corpus, build_corpus
 from svend.data.records import file_digest
 from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
-from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
+from svend.data.tokenizer import DocumentTokenizer
 from svend.device import check_precision, resolve_device, resolve_precision
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, UserError
 from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
-from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
-from svend.pipeline.checkpoint_files import MODEL, read_state
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.moves import Moves
+from svend.pipeline.moves import History, Moves, Registration
 from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
 from svend.pipeline.report import make_console, verdict_table, verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
+from svend.pipeline.version_files import (
+    TOKENIZER,
+    load_version_model,
+    load_version_tokenizer,
+)
 from svend.tracking.registry import OpenedVersion, open_version, tag_version
 from svend.tracking.run import TrackedRun, environment_tags
-
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,54 @@ class LoadedVersion:
 
 
 def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> LoadedVersion:
-    """Open a version of the registry, and load what it holds.
+    """Open a version of the registry, verify its files, and load what it holds.
 
     Raises UserError, in one line, for what is missing, not what was registered, or does not fit.
     """
     version = open_version(model_uri)
+    registration = registration_of(version, Moves.find(version.name).history())
+    verify_files(version, registration)
+    return load_files(version, registration.checkpoint_sha256, overrides)
+
+
+def registration_of(version: OpenedVersion, history: History) -> Registration:
+    """Return what a version was when it was registered. Raises UserError if it is not on record."""
+    registration = history.registration(version.version)
+    if registration is None:
+        known = ", ".join(reversed(history.registered())) or "none"
+        raise UserError(
+            f"{version.name} version {version.version}: its registration is not on record; there "
+            f"are the versions {known}"
+        )
+    return registration
+
+
+def verify_files(version: OpenedVersion, registration: Registration) -> None:
+    """Raise CheckpointError unless every file of a version is what was registered."""
+    where = f"model models:/{version.name}/{version.version}"
+    for name, sha256 in registration.files.items():
+        path = version.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
+        found = file_digest(path)
+        if found != sha256:
+            raise CheckpointError(
+                f"{where}: {path} has the hash {found[:12]}, recorded is {sha256[:12]}; it is not "
+                "what was registered"
+            )
+
+
+def load_files(
+    version: OpenedVersion, sha256: str, overrides: Sequence[tuple[str, str]] = ()
+) -> LoadedVersion:
+    """Load what a version holds; its files have been verified."""
     config = load_saved_config(version.folder / CONFIG_FILE, overrides)
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
     check_precision(precision, device)
     config = replace(config, training=replace(config.training, precision=precision))
-    model, sha256 = _load_model(version, config, device)
-    tokenizer = load_tokenizer(str(version.folder / TOKENIZER), 2**32)
+    model = load_version_model(version.folder, config, device)
+    tokenizer = load_version_tokenizer(version.folder)
     check_tokenizer(model, tokenizer)
     return LoadedVersion(version, config, model, tokenizer, sha256, device)
 
@@ -112,36 +149,6 @@ def evaluate_version(
         status = "FINISHED"
     finally:
         tracked.end(status, None)
-
-
-def _load_model(
-    version: OpenedVersion, config: PipelineConfig, device: torch.device
-) -> tuple[ReasoningTransformer, str]:
-    """Return the version's model, and the hash of its weights, which must be the recorded one."""
-    path = version.folder / MODEL
-    where = f"model models:/{version.name}/{version.version}"
-    if not path.is_file():
-        raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
-    sha256 = file_digest(path)
-    recorded = version.tags.get("svend.checkpoint_sha256")
-    if sha256 != recorded:
-        raise CheckpointError(
-            f"{where}: {path} has the hash {sha256[:12]}, recorded is {(recorded or 'none')[:12]}; "
-            "it is not what was registered"
-        )
-    assert config.model is not None  # set by PipelineConfig.resolve
-    with torch.device("meta"):
-        model = ReasoningTransformer(
-            TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
-        )
-    try:
-        model.load_state_dict(read_state(path), assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{where}: its weights do not fit the architecture in its {CONFIG_FILE} "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from None
-    return model.to(device).eval(), sha256
 
 
 def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:

@@ -7,6 +7,7 @@ import getpass
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from svend.data.records import file_digest
 from svend.errors import TrackingError
+from svend.tracking.chat_model import describe_model
 from svend.tracking.ledger import retried, told_by_the_store
 
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -28,14 +30,10 @@ VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<ve
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version in the registry; `linked` says that its files take no disk space of their own.
-
-    files: the hash of each file.
-    """
+    """A version in the registry; files: the hash of each of its files."""
 
     name: str
     version: str
-    linked: bool
     files: dict[str, str]
     aliases: list[str] = field(default_factory=list)
 
@@ -158,7 +156,7 @@ def register_checkpoint(
     tags: Mapping[str, str],
     description: str,
 ) -> RegisteredVersion:
-    """Register files as a new version of `name`, which is there.
+    """Register files as a new version of `name`, which is there, with how MLflow loads them.
 
     Where the artifact store is on the same file system the files are hard links, not copies.
     """
@@ -172,7 +170,10 @@ def register_checkpoint(
         tags=dict(tags),
         experiment_id=experiment_id,
     )
-    linked = _place_files(client, model.model_id, model.artifact_location, files)
+    with tempfile.TemporaryDirectory() as folder:
+        placed = [*files, *describe_model(Path(folder), model.model_id, run_id)]
+        hashes = {path.name: file_digest(path) for path in placed}
+        _place_files(client, model.model_id, model.artifact_location, placed)
     mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     version = client.create_model_version(
@@ -183,14 +184,13 @@ def register_checkpoint(
         description=description,
         model_id=model.model_id,
     )
-    hashes = {path.name: file_digest(path) for path in files}
-    return RegisteredVersion(name, str(version.version), linked, hashes)
+    return RegisteredVersion(name, str(version.version), hashes)
 
 
 def _place_files(
     client: MlflowClient, model_id: str, location: str, files: Sequence[Path]
-) -> bool:
-    """Link the files into a local artifact store, or upload them; return whether linked."""
+) -> None:
+    """Link the files into a local artifact store, or upload them."""
     parsed = urlparse(location)
     if parsed.scheme in ("", "file"):
         folder = Path(unquote(parsed.path))
@@ -198,11 +198,10 @@ def _place_files(
         try:
             for path in files:
                 os.link(path, folder / path.name)
-            return True
+            return
         except OSError as error:
             # Another file system, or one without hard links.
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                 raise
     for path in files:
         client.log_model_artifact(model_id, str(path))
-    return False

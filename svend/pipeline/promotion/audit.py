@@ -18,8 +18,9 @@ from svend.pipeline.moves import (
     verdict_tags,
 )
 from svend.pipeline.promotion.climb import PROMOTION_TAG
-from svend.pipeline.promotion.evidence import LOGGED_AS, NONFINITE, verify_files
+from svend.pipeline.promotion.evidence import LOGGED_AS, NONFINITE
 from svend.pipeline.validation import GateLevel, GateResult, Measurement
+from svend.pipeline.version_evaluation import verify_files
 from svend.tracking.ledger import NO_ENTRY, Ledger, text_digest
 from svend.tracking.registry import (
     aliases_of,

@@ -22,9 +22,10 @@ from svend.pipeline.moves import (
     Registration,
     definition_sha256,
 )
-from svend.pipeline.promotion.evidence import Candidate, EvidenceBook, verify_files
+from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
 from svend.pipeline.report import verdict_table, verdicts_html
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
+from svend.pipeline.version_evaluation import registration_of, verify_files
 from svend.tracking.registry import OpenedVersion, aliases_of, open_version
 from svend.tracking.run import TrackedRun, environment_tags
 
@@ -323,14 +324,13 @@ def open_registered(
     model: str, history: History, version: str
 ) -> tuple[OpenedVersion, Registration]:
     """Return a version with what was registered. Raises UserError where either is missing."""
-    registration = history.registration(version)
-    if registration is None:
+    if version not in history.registered():
         known = ", ".join(reversed(history.registered())) or "none"
         raise UserError(
-            f"{model} version {version}: its registration is not on record; there are the "
-            f"versions {known}"
+            f"{model} version {version}: is not on record; there are the versions {known}"
         )
-    return open_version(f"models:/{model}/{version}"), registration
+    opened = open_version(f"models:/{model}/{version}")
+    return opened, registration_of(opened, history)
 
 
 def check_aliases(model: str, history: History, levels: Sequence[GateLevel]) -> None:

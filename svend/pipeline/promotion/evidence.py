@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from svend.data.corpus import Corpus
-from svend.data.records import file_digest
 from svend.data.stream import PackedSequences
-from svend.errors import CheckpointError, DataError
+from svend.errors import DataError
 from svend.evaluation.heldout import HeldoutLoss, measure_gradient_norm, measure_heldout_loss
 from svend.evaluation.measurement import Bounds, Measurement
 from svend.pipeline.benchmarking import (
@@ -28,7 +27,7 @@ from svend.pipeline.moves import History, Registration
 from svend.pipeline.record import measurement_rows, record_evaluation
 from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, count_nonfinite_parameters
-from svend.pipeline.version_evaluation import LoadedVersion, build_version_corpus, load_version
+from svend.pipeline.version_evaluation import LoadedVersion, build_version_corpus, load_files
 from svend.tracking.registry import OpenedVersion
 from svend.tracking.run import TrackedRun, run_shows
 
@@ -61,28 +60,12 @@ class Candidate:
     @cached_property
     def loaded(self) -> LoadedVersion:
         """The version's model, loaded when it is first asked for."""
-        uri = f"models:/{self.version.name}/{self.version.version}"
-        return load_version(uri, self.overrides)
+        return load_files(self.version, self.registration.checkpoint_sha256, self.overrides)
 
     @property
     def has_other_data(self) -> bool:
         """Whether the data are other than those that the version was trained with."""
         return any(key.startswith(DATA_KEYS) for key, _ in self.overrides)
-
-
-def verify_files(version: OpenedVersion, registration: Registration) -> None:
-    """Raise CheckpointError unless every file of a version is what was registered."""
-    where = f"{version.name} version {version.version}"
-    for name, sha256 in registration.files.items():
-        path = version.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
-        found = file_digest(path)
-        if found != sha256:
-            raise CheckpointError(
-                f"{where}: {path} has the hash {found[:12]}, registered was {sha256[:12]}; it is "
-                "not what was registered"
-            )
 
 
 class EvidenceBook:
