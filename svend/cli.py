@@ -20,6 +20,7 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
+from svend.serving import command as serve_command
 
 OVERRIDE_HELP = """\
 any value of the configuration can be set by its dotted key, such as
@@ -49,6 +50,7 @@ GROUP_HELP = {
     "preset": "size of the run; the scale's own where left out",
 }
 WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "history", "audit", "lineage")
+ON_A_VERSION = ("evaluate", "promote", "serve")
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -59,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, rest = _parser().parse_known_args(arguments)
         if known.command in WITHOUT_CONFIG:
             return _run_without_config(known, rest)
-        if known.command in ("evaluate", "promote"):
-            return {"evaluate": _evaluate, "promote": _promote}[known.command](known, rest)
+        if known.command in ON_A_VERSION:
+            return _on_a_version(known, rest)
         if known.command == "sweep":
             return _sweep(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
         return _run_pipeline(known, rest)
@@ -148,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
          "Have a version of the registry climb, level by level, each decided by its gates on that "
          "very version and put on record. Where one fails nothing moves, and the exit code is 1.",
          promotion_command.PROMOTE_HELP, promotion_command.add_promote_options),
+        ("serve", "answer chats by a registered version",
+         "Serve a version by OpenAI's chat completions: streaming, a bearer token, limits, a "
+         "bounded queue.", serve_command.HELP, serve_command.add_options),
         ("history", "every move of a registered model",
          "Print every move of a registered model: when, by whom, from, to, by what verdict, why.",
          promotion_command.HISTORY_HELP, promotion_command.add_history_options),
@@ -224,23 +229,20 @@ def _config_command(
     return parser
 
 
-def _evaluate(known: argparse.Namespace, rest: Sequence[str]) -> int:
+def _on_a_version(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run a command that takes a version of the registry, and overrides of its config."""
     try:
         overrides = _overrides(rest)
-        names = [name.strip() for name in known.benchmarks.split(",") if name.strip()]
-        print("starting: loading torch and mlflow", flush=True)
-        from svend.pipeline.version_evaluation import evaluate_version
+        if known.command == "promote":
+            promotion_command.run_promote(known, overrides)
+        elif known.command == "serve":
+            serve_command.run(known, overrides)
+        else:
+            names = [name.strip() for name in known.benchmarks.split(",") if name.strip()]
+            print("starting: loading torch and mlflow", flush=True)
+            from svend.pipeline.version_evaluation import evaluate_version
 
-        evaluate_version(known.model, names, overrides)
-    except UserError as error:
-        _end_joined_run(error)
-        raise
-    return 0
-
-
-def _promote(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    try:
-        promotion_command.run_promote(known, _overrides(rest))
+            evaluate_version(known.model, names, overrides)
     except UserError as error:
         _end_joined_run(error)
         raise

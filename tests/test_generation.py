@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -423,3 +424,17 @@ def test_bf16_rounds_the_weights_and_nothing_else() -> None:
     assert float((rounded_TV - exact_TV).std() / exact_TV.std()) > 1e-4
     if not multiplies_in_bf16():  # else the inputs of products are rounded too
         torch.testing.assert_close(rounded_TV, expected_TV, rtol=1e-4, atol=1e-4)
+
+
+def test_requests_may_come_while_others_are_answered_each_with_its_own_sampling() -> None:
+    hot = Sampling(temperature=1.0)
+    requests = [Request([1, 2, 3], PlainTurn(8)), Request([4, 5], PlainTurn(3), 7, hot),
+                Request([6], PlainTurn(5), 9, hot), Request([7, 8], PlainTurn(4))]
+    alone = [next(make_decoder(lanes=1, invariant=True).generate([r])).tokens for r in (
+        replace(request, turn=PlainTurn(n)) for request, n in zip(requests, (8, 3, 5, 4),
+                                                                  strict=True))]
+    waiting = [requests[0], None, None, requests[1], requests[2], None, None, None, None, None,
+               None, requests[3], None]
+    completions = list(make_decoder(lanes=2, invariant=True).generate(iter(waiting)))
+    by_place = {completion.index: completion.tokens for completion in completions}
+    assert [by_place[place] for place in (0, 3, 4, 11)] == alone

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from svend.data.chat import END_OF_MESSAGE, ROLE_TOKENS
 from svend.data.documents import Message, Role
 from svend.data.tokenizer import DocumentTokenizer
-from svend.evaluation.benchmark import Answer, Problem
+from svend.evaluation.benchmark import Answer
 
 # Carries out one call as the model wrote it, and returns the text of the tool's message.
 CarryOut = Callable[[str], str]
 
 
 class Dialogue:
-    """The model's turn in answer to one problem; a `Turn` of the decoder.
+    """The model's turn in answer to messages; a `Turn` of the decoder.
 
     A message begins with its role's token and ends with `<|end|>`. Where calls are carried out,
     each gets its result at once and the model goes on. Without declared tools the turn is one
@@ -23,7 +23,7 @@ class Dialogue:
 
     def __init__(
         self,
-        problem: Problem,
+        messages: Sequence[Message],
         tokenizer: DocumentTokenizer,
         max_new_tokens: int,
         carry_out: CarryOut | None,
@@ -31,7 +31,7 @@ class Dialogue:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._carry_out = carry_out
-        self._offers_tools = any(m.role is Role.TOOLS for m in problem.messages)
+        self._offers_tools = any(m.role is Role.TOOLS for m in messages)
         self._role: Role | None = None if self._offers_tools else Role.ASSISTANT
         self._end = tokenizer.control_ids[END_OF_MESSAGE]
         self._spoken = {
@@ -53,6 +53,11 @@ class Dialogue:
             return None
         self._taken += len(inserted)
         return None if self._taken >= self._max_new_tokens else inserted
+
+    @property
+    def speaks(self) -> bool:
+        """Whether what comes next belongs to an answer, not to a call or the choice of one."""
+        return self._role is Role.ASSISTANT
 
     def answer(self) -> Answer:
         """Return the turn as far as it has come."""

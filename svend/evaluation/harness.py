@@ -140,7 +140,7 @@ class Harness:
             )
             carry_out = self._tools.call if benchmark.uses_tools else None
             numbers = list(prompts)
-            turns = [Dialogue(asked[number], self._tokenizer, limit, carry_out)
+            turns = [Dialogue(asked[number].messages, self._tokenizer, limit, carry_out)
                      for number in numbers]
             completions = decoder.generate(
                 Request(prompts[number], turn, seed=evaluation.seed * SEEDS + number)

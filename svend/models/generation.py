@@ -59,11 +59,15 @@ class PlainTurn:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, what decides how it goes on, and the seed of its random numbers."""
+    """A prompt, what decides how it goes on, and the seed of its random numbers.
+
+    sampling: where it is another than the decoder's.
+    """
 
     prompt: Sequence[int]
     turn: Turn
     seed: int = 0
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,12 @@ class Decoder:
         self._user = None
         return self._model.logits(tokens)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Yield completions in the order in which they end; take a request when a lane is free.
+
+        None in place of a request means that none is waiting now: those in the lanes go on, and the
+        next is asked for after their step. Where no lane is in use it is asked for at once, so it
+        is for `requests` to wait then.
 
         Raises DataError for a prompt that is empty or leaves no room: before anything runs where
         `requests` is a sequence, else when it is taken. A Decoder runs one `generate` at a time:
@@ -147,16 +155,22 @@ class Decoder:
         """
         if isinstance(requests, Sequence):
             for index, request in enumerate(requests):
-                self._check(index, request)
+                if request is not None:
+                    self._check(index, request)
         return self._generate(enumerate(requests))
 
-    def _generate(self, waiting: Iterator[tuple[int, Request]]) -> Iterator[Completion]:
+    def _generate(self, waiting: Iterator[tuple[int, Request | None]]) -> Iterator[Completion]:
         user = self._user = object()
         rows: list[_Row] = []  # in lanes 0, 1, ...
+        at_end = False
         while True:
-            while len(rows) < self._lanes and (taken := next(waiting, None)) is not None:
-                self._check(*taken)
-                row = _Row(*taken)
+            while len(rows) < self._lanes and not at_end:
+                index, request = next(waiting, (-1, None))
+                at_end = index < 0
+                if request is None:
+                    break
+                self._check(index, request)
+                row = _Row(index, request)
                 token = self._extend(row, len(rows), list(row.request.prompt))
                 completion = self._advance(row, len(rows), token)
                 if completion is None:
@@ -165,7 +179,9 @@ class Decoder:
                     yield completion
                     self._check_user(user)
             if not rows:
-                return
+                if at_end:
+                    return
+                continue
             for completion in self._step(rows):
                 yield completion
                 self._check_user(user)
@@ -231,4 +247,15 @@ class Decoder:
 
     def _choose(self, logits_RV: Tensor, rows: Sequence[_Row]) -> list[int]:
         uniforms = [uniform(row.request.seed, len(row.tokens)) for row in rows]
-        return choose_tokens(logits_RV, self._sampling, uniforms)
+        samplings = [row.request.sampling or self._sampling for row in rows]
+        if len(set(samplings)) == 1:
+            return choose_tokens(logits_RV, samplings[0], uniforms)
+        chosen = [0] * len(rows)
+        for sampling in set(samplings):
+            places = [place for place, other in enumerate(samplings) if other == sampling]
+            tokens = choose_tokens(
+                logits_RV[places], sampling, [uniforms[place] for place in places]
+            )
+            for place, token in zip(places, tokens, strict=True):
+                chosen[place] = token
+        return chosen

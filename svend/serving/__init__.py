@@ -1,0 +1,1 @@
+"""A registered version answers chats: in this process, in MLflow's, or as a server."""

@@ -1,0 +1,103 @@
+"""`svend serve`: its options, and the server's life."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Sequence
+
+from svend.errors import ConfigError, UserError
+
+HELP = """\
+settings of the version's config can be overridden, such as
+  --training.precision bf16   --training.device cpu
+
+examples:
+  python -m svend serve models:/svend-tiny-50m@standard
+  SVEND_TOKEN=... python -m svend serve models:/svend-tiny-50m@production --host 0.0.0.0 --tools on
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `svend serve`."""
+    parser.add_argument("uri", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                        help="another than a loopback needs a token (127.0.0.1)")
+    parser.add_argument("--port", default=8000, type=int, metavar="N", help="(8000)")
+    parser.add_argument("--token-env", default="SVEND_TOKEN", metavar="NAME",
+                        help="environment variable with the bearer token (SVEND_TOKEN)")
+    parser.add_argument("--tools", choices=("on", "off"), default="off",
+                        help="carry out calls of Svend's own tools (off)")
+    parser.add_argument("--lanes", default=8, type=int, metavar="N",
+                        help="requests that are answered at once (8)")
+    parser.add_argument("--max-waiting", default=64, type=int, metavar="N",
+                        help="requests that wait for a lane; more are refused with 429 (64)")
+    parser.add_argument("--max-tokens", default=1024, type=int, metavar="N",
+                        help="of one answer, at most (1024)")
+    parser.add_argument("--timeout-seconds", default=120.0, type=float, metavar="S",
+                        help="of one request, waiting included (120)")
+    parser.add_argument("--int8", action="store_true", help="weights in int8")
+
+
+def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Serve a version until the process is told to end."""
+    token = os.environ.get(known.token_env) or None
+    for name in ("lanes", "max_waiting", "max_tokens"):
+        if getattr(known, name) < 1:
+            raise ConfigError(f"{name.replace('_', '-')} = {getattr(known, name)}: must be 1 or "
+                              "more")
+    if not known.timeout_seconds > 0:
+        raise ConfigError(f"timeout-seconds = {known.timeout_seconds}: must be above 0")
+    if not 0 < known.port < 2**16:
+        raise ConfigError(f"port = {known.port}: must be 1 to 65535")
+    if token is None and not _is_loopback(known.host):
+        raise ConfigError(
+            f"host = {known.host}: is not this machine alone, and ${known.token_env} is not set; "
+            "set it to a token that clients must show, or serve on 127.0.0.1"
+        )
+    print("starting: loading torch and mlflow", flush=True)
+    import uvicorn
+
+    from svend.pipeline.version_evaluation import load_version
+    from svend.serving.app import make_app
+    from svend.serving.engine import Engine
+    from svend.serving.openai_chat import Limits
+
+    loaded = load_version(known.uri, overrides)
+    name = loaded.version.name
+    with Engine(
+        loaded.model, loaded.tokenizer, loaded.config.training.precision, lanes=known.lanes,
+        max_waiting=known.max_waiting, int8=known.int8,
+    ) as engine:
+        limits = Limits(known.max_tokens, timeout_seconds=known.timeout_seconds)
+        app = make_app(engine, name, limits=limits, token=token, tools=known.tools == "on")
+        address = f"http://{known.host}:{known.port}"
+        shown = ' -H "Authorization: Bearer $' + known.token_env + '"' if token else ""
+        print(
+            f"serving {name} version {loaded.version.version} on {address}/v1 "
+            f"({loaded.config.training.precision.value}, {known.lanes} lanes, tools {known.tools}, "
+            f"{'with' if token else 'without'} a token); Ctrl-C ends it\n"
+            f"curl {address}/v1/chat/completions{shown} -H 'Content-Type: application/json' -d "
+            f"'{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": "
+            "\"What is 3 * 4?\"}]}'",
+            flush=True,
+        )
+        server = uvicorn.Server(uvicorn.Config(
+            app, host=known.host, port=known.port, log_level="warning",
+            timeout_graceful_shutdown=10,
+        ))
+        try:
+            server.run()
+        except SystemExit:
+            raise UserError(
+                f"port = {known.port}: cannot be listened on at {known.host}; choose another"
+            ) from None
+    print(f"served {engine.answered} answers, {engine.new_tokens} tokens")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
