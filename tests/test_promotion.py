@@ -21,6 +21,7 @@ from svend.pipeline.moves import MoveKind, Moves
 from svend.pipeline.promotion import climb
 from svend.pipeline.promotion.audit import audit_model
 from svend.pipeline.promotion.lineage import trace
+from svend.pipeline.promotion.standing import next_level
 from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of, tags_of_version
@@ -107,8 +108,8 @@ def test_without_a_version_the_newest_with_the_level_below_is_taken(
     assert promote(FULL, model=model)[0].version == "1"
     with pytest.raises(UserError, match="no version waits with the level standard"):
         promote(FULL, model=model)
-    assert climb.next_level(history(model), model, "3") is QUICK
-    assert climb.next_level(history(model), model, "2") is PRODUCTION
+    assert next_level(history(model), model, "3") is QUICK
+    assert next_level(history(model), model, "2") is PRODUCTION
 
 
 def test_a_version_that_is_looked_at_again_takes_no_lower_alias(folder: Path, model: str) -> None:
@@ -193,7 +194,7 @@ def test_a_roll_back_restores_the_holder_before(folder: Path, model: str) -> Non
         climb.roll_back(model, PRODUCTION, None, CONSOLE)
     assert audit_model(model, GATES) == []
     # What was rolled back has to be promoted again.
-    assert climb.next_level(history(model), model, "3") is PRODUCTION
+    assert next_level(history(model), model, "3") is PRODUCTION
     promote(PRODUCTION, "3", model=model)
     assert aliases_of(model)["production"] == "3"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
+import signal
+import socket
 from collections.abc import Sequence
 
 from svend.errors import ConfigError, UserError
@@ -56,6 +59,7 @@ def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
             f"host = {known.host}: is not this machine alone, and ${known.token_env} is not set; "
             "set it to a token that clients must show, or serve on 127.0.0.1"
         )
+    listener = _listen(known.host, known.port)
     print("starting: loading torch and mlflow", flush=True)
     import uvicorn
 
@@ -87,13 +91,22 @@ def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
             app, host=known.host, port=known.port, log_level="warning",
             timeout_graceful_shutdown=10,
         ))
-        try:
-            server.run()
-        except SystemExit:
-            raise UserError(
-                f"port = {known.port}: cannot be listened on at {known.host}; choose another"
-            ) from None
+        # uvicorn ends in peace at either signal, and then raises it once more.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
     print(f"served {engine.answered} answers, {engine.new_tokens} tokens")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UserError where the port cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
+                                    else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"port = {port}: cannot be listened on at {host} ({os.strerror(error.errno or 0)}); choose another"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

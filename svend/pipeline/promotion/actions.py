@@ -13,6 +13,7 @@ from svend.pipeline.moves import LEVELS, Move, MoveKind, Moves
 from svend.pipeline.promotion import climb
 from svend.pipeline.promotion.audit import audit_model, repair_aliases
 from svend.pipeline.promotion.lineage import trace
+from svend.pipeline.promotion.standing import next_level
 from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.ledger import registered_models, told_by_the_store
@@ -24,7 +25,7 @@ def promote(
 ) -> None:
     """Have a version climb to a level, or to the one above its own; print what was moved."""
     with told_by_the_store(f"promotion of {model}"):
-        level = (climb.next_level(Moves.find(model).history(), model, version)
+        level = (next_level(Moves.find(model).history(), model, version)
                  if to is None else GateLevel(to))
         promotion = climb.Promotion(
             model=model, to=level, version=version, gates=gates, overrides=overrides

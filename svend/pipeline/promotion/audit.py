@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from svend.pipeline.moves import (
 )
 from svend.pipeline.promotion.climb import PROMOTION_TAG
 from svend.pipeline.promotion.evidence import LOGGED_AS, NONFINITE
+from svend.pipeline.promotion.standing import ALIAS_PAUSE_SECONDS
 from svend.pipeline.validation import GateLevel, GateResult, Measurement
 from svend.pipeline.version_evaluation import verify_files
 from svend.tracking.ledger import NO_ENTRY, Ledger, text_digest
@@ -67,7 +69,7 @@ def audit_model(model: str, gates: GatesConfig) -> list[Finding]:
     return [
         *_check_chain(model, history),
         *_check_runs(model, ledger.run_id, history),
-        *_check_aliases(model, history),
+        *_check_aliases(model),
         *_check_holders(model, history, gates),
         *_check_versions(model, history),
     ]
@@ -132,8 +134,15 @@ def _check_runs(model: str, ledger_run_id: str, history: History) -> Iterator[Fi
                           f"run {run_id} made the entries {', '.join(lost)}: they are not there")
 
 
-def _check_aliases(model: str, history: History) -> Iterator[Finding]:
-    aliases = aliases_of(model)
+def _check_aliases(model: str) -> Iterator[Finding]:
+    """Name aliases that are not where the record has them, and stay so for a moment."""
+    for look in range(2):
+        aliases, history = aliases_of(model), Moves.find(model).history()
+        holders = {level.value: holder.version for level in LEVELS
+                   if (holder := history.holder(level))}
+        if {name: aliases.get(name) for name in holders} == holders or look:
+            break
+        time.sleep(ALIAS_PAUSE_SECONDS)
     pending = {move.level for move in history.moves if not move.done}
     for level in LEVELS:
         holder, found = history.holder(level), aliases.get(level.value)

@@ -23,10 +23,15 @@ from svend.pipeline.moves import (
     definition_sha256,
 )
 from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
+from svend.pipeline.promotion.standing import (
+    check_aliases,
+    finish_moves,
+    newest_below,
+    open_registered,
+)
 from svend.pipeline.report import verdict_table, verdicts_html
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
-from svend.pipeline.version_evaluation import registration_of, verify_files
-from svend.tracking.registry import OpenedVersion, aliases_of, open_version
+from svend.pipeline.version_evaluation import verify_files
 from svend.tracking.run import TrackedRun, environment_tags
 
 PROMOTION_TAG = "svend.promotion"  # of a promotion's run: which model's ledger it wrote to
@@ -68,7 +73,7 @@ class Climb:
         version = promotion.version or newest_below(history, promotion.model, promotion.to)
         opened, registration = open_registered(self._moves.model, history, version)
         verify_files(opened, registration)
-        check_aliases(self._moves.model, history, LEVELS[: LEVELS.index(promotion.to) + 1])
+        check_aliases(self._moves, LEVELS[: LEVELS.index(promotion.to) + 1])
         candidate = Candidate(opened, registration, promotion.gates, promotion.overrides)
         name = f"promote-{opened.name}-v{version}-to-{promotion.to.value}"
         tracked = TrackedRun.begin(opened.experiment, name)
@@ -279,73 +284,6 @@ def roll_back(model: str, level: GateLevel, reason: str | None, console: Console
              verdict=former.verdict, reason=reason),
         still_right,
     )
-
-
-def finish_moves(moves: Moves, console: Console) -> None:
-    """Carry out what another process put on record and did not come to carry out."""
-    for move in moves.carry_out():
-        console.print(
-            f"finished entry {move.number}, which was interrupted: version {move.version} "
-            f"{move.kind.value}" + (f", {move.level.value}" if move.level else "")
-        )
-
-
-def newest_below(history: History, model: str, level: GateLevel) -> str:
-    """Return the newest version that has passed the level below, and not the level itself."""
-    place = LEVELS.index(level)
-    for version in history.registered():
-        if history.passed(version, level) is None and (
-            place == 0 or history.passed(version, LEVELS[place - 1])
-        ):
-            return version
-    below = f"waits with the level {LEVELS[place - 1].value}" if place else "is without it"
-    raise UserError(
-        f"{model}: no version {below} for {level.value}; give the version, and it climbs from "
-        f"where it is (svend history {model} shows what there is)"
-    )
-
-
-def next_level(history: History, model: str, version: str | None) -> GateLevel:
-    """Return the level above what a version, or the newest, has passed.
-
-    Raises UserError if there is none.
-    """
-    registered = history.registered()
-    chosen = version or (registered[0] if registered else None)
-    if chosen is None:
-        raise UserError(f"{model}: has no version on record")
-    for level in LEVELS:
-        if history.passed(chosen, level) is None:
-            return level
-    raise UserError(f"{model}: version {chosen} has passed every level; there is none above")
-
-
-def open_registered(
-    model: str, history: History, version: str
-) -> tuple[OpenedVersion, Registration]:
-    """Return a version with what was registered. Raises UserError where either is missing."""
-    if version not in history.registered():
-        known = ", ".join(reversed(history.registered())) or "none"
-        raise UserError(
-            f"{model} version {version}: is not on record; there are the versions {known}"
-        )
-    opened = open_version(f"models:/{model}/{version}")
-    return opened, registration_of(opened, history)
-
-
-def check_aliases(model: str, history: History, levels: Sequence[GateLevel]) -> None:
-    """Raise UserError if an alias is not where the record has it."""
-    aliases = aliases_of(model)
-    for level in levels:
-        holder = history.holder(level)
-        recorded, found = holder.version if holder else None, aliases.get(level.value)
-        if found != recorded:
-            raise UserError(
-                f"{model}: the alias {level.value} points at "
-                f"{'no version' if found is None else f'version {found}'}, on record is "
-                f"{'none' if recorded is None else f'version {recorded}'}: it was moved by other "
-                f"means; svend audit --model {model} --repair puts it back"
-            )
 
 
 def _failure(row: dict[str, Any]) -> str:

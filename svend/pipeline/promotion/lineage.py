@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svend.pipeline.moves import History, Moves
-from svend.pipeline.promotion.climb import open_registered
+from svend.pipeline.promotion.standing import open_registered
 from svend.tracking.registry import open_version
 from svend.tracking.run import runs_with_tags, tags_of
 
