@@ -12,6 +12,7 @@ from svend import __version__
 from svend.bench import command as bench_command
 from svend.bench import parametrisation_command
 from svend.errors import ConfigError, Interrupted, UserError
+from svend.pipeline import exchange_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
     group_members,
@@ -49,7 +50,12 @@ GROUP_HELP = {
     "gates": "gate set",
     "preset": "size of the run; the scale's own where left out",
 }
-WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "history", "audit", "lineage")
+# Which do something, end well or raise, and take no override.
+SHOWN = {
+    "history": promotion_command.run_history, "lineage": promotion_command.run_lineage,
+    "export": exchange_command.run_export, "import": exchange_command.run_import,
+}
+WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -83,9 +89,8 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if known.command == "audit":
         return promotion_command.run_audit(known)
-    if known.command in ("history", "lineage"):
-        show = {"history": promotion_command.run_history, "lineage": promotion_command.run_lineage}
-        show[known.command](known)
+    if known.command in SHOWN:
+        SHOWN[known.command](known)
         return 0
     measured = {
         "coordcheck": parametrisation_command.run_coordcheck,
@@ -93,6 +98,7 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench scaling": bench_command.run_scaling,
         "bench data": bench_command.run_data,
         "bench generate": bench_command.run_generate,
+        "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
     }
     return measured[name](known)
@@ -150,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
          "Have a version of the registry climb, level by level, each decided by its gates on that "
          "very version and put on record. Where one fails nothing moves, and the exit code is 1.",
          promotion_command.PROMOTE_HELP, promotion_command.add_promote_options),
+        ("export", "write a version for other libraries",
+         "Write a version of the registry as a folder that transformers reads.",
+         exchange_command.EXPORT_HELP, exchange_command.add_export_options),
+        ("import", "make a start of a Hugging Face folder",
+         "Make a checkpoint to begin a run with of a Llama-family folder.",
+         exchange_command.IMPORT_HELP, exchange_command.add_import_options),
         ("serve", "answer chats by a registered version",
          "Serve a version by OpenAI's chat completions: streaming, a bearer token, limits, a "
          "bounded queue.", serve_command.HELP, serve_command.add_options),
@@ -189,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_generate_options(kinds.add_parser(
         "generate", help="decoding, beside Hugging Face's generate",
         description="Time decoding beside Hugging Face's generate with the same weights.",
+        allow_abbrev=False,
+    ))
+    bench_command.add_serve_options(kinds.add_parser(
+        "serve", help="the server, with many clients at once",
+        description="Drive a server with many clients at once; say what they waited for.",
         allow_abbrev=False,
     ))
     parametrisation_command.add_transfer_options(kinds.add_parser(
@@ -284,6 +301,12 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import PipelineRunner
 
+        begins_with: list[tuple[str, str]] = []
+        if config.init_from is not None:
+            from svend.pipeline.init_from import find_starting_point
+
+            begins_with = find_starting_point(config.init_from).settings()
+            config = load_config(groups, [*begins_with, *overrides])
         if config.hparams is not None:
             from svend.pipeline.hyperparameters import (
                 fetch_hyperparameters,
@@ -293,7 +316,8 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
             address = locate_hyperparameters(config.hparams, config.training.data.recipe)
             found = fetch_hyperparameters(address)
             # Below what is set by hand. By its address: a name may mean another result tomorrow.
-            config = load_config(groups, [*found.settings(), *overrides, ("hparams", address)])
+            config = load_config(groups, [*begins_with, *found.settings(), *overrides,
+                                          ("hparams", address)])
         runner = PipelineRunner(config)
     except UserError as error:
         _end_joined_run(error)

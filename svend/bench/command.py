@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from svend.errors import UserError
+from svend.errors import ConfigError, UserError
 from svend.pipeline.config import DataConfig, ModelConfig, ModelScale, get_model_config
 
 PEERS = ("svend-eager", "hf-stock", "hf-compiled", "hf-master", "litgpt")
@@ -75,6 +75,40 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
                         help="of 'hf bf16' 'hf fp32' (default: both)")
     parser.add_argument("--json", metavar="PATH", help="write all figures there")
     parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench serve`."""
+    parser.add_argument("--model", metavar="URI", help="left out: random weights at the scale")
+    parser.add_argument("--scale", default="tiny", metavar="NAME", help="(tiny)")
+    parser.add_argument("--clients", type=int, default=32, metavar="N", help="at once (32)")
+    parser.add_argument("--requests", type=int, default=4, metavar="N", help="of each (4)")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="an answer (64)")
+    parser.add_argument("--lanes", type=int, default=16, metavar="N", help="of the server (16)")
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """Drive a server with many clients, and print what they waited for."""
+    for name in ("clients", "requests", "max_tokens", "lanes"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name.replace('_', '-')} = {getattr(options, name)}: must be 1 or "
+                              "more")
+    if options.scale not in [scale.value for scale in ModelScale]:
+        raise ConfigError(f"scale = {options.scale}: must be one of "
+                          f"{', '.join(scale.value for scale in ModelScale)}")
+    print("starting: loading torch and mlflow", flush=True)
+    from svend.bench.serve import drive, load_served, result_table
+    from svend.pipeline.report import make_console
+
+    served = load_served(options.model, ModelScale(options.scale))
+    answers, seconds = drive(
+        served, clients=options.clients, requests=options.requests,
+        max_tokens=options.max_tokens, lanes=options.lanes,
+    )
+    make_console().print(result_table(
+        served, answers, seconds, clients=options.clients, lanes=options.lanes
+    ))
+    return 0 if all(answer.status == "200" for answer in answers) else 1
 
 
 def run_generate(options: argparse.Namespace) -> int:

@@ -75,6 +75,7 @@ class TransformerConfig:
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_position_embeddings,
             rope_theta=model.rope_theta,
+            rms_norm_eps=model.rms_norm_eps,
             base=base,
         )
 
@@ -91,4 +92,5 @@ class TransformerConfig:
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
             rope_theta=self.rope_theta,
+            rms_norm_eps=self.rms_norm_eps,
         )

@@ -1,12 +1,19 @@
-"""To a folder that Hugging Face's `AutoModelForCausalLM` and `AutoTokenizer` read."""
+"""To and from a folder that Hugging Face's `AutoModelForCausalLM` and `AutoTokenizer` read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svend.errors import CheckpointError
+from svend.models.config import TransformerConfig
 from svend.models.parametrisation import fold_multipliers
 from svend.models.transformer import ReasoningTransformer
 
@@ -23,6 +30,11 @@ NAMES = {
     "head.": "lm_head.",
 }
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# What a Llama may have and ours has not: each must be as it is where it is left out.
+REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "rope_scaling": None, "sliding_window": None, "quantization_config": None,
+            "partial_rotary_factor": 1.0}
 
 
 def export_to_huggingface(
@@ -34,8 +46,6 @@ def export_to_huggingface(
     gives them; its end and padding tokens become the model's. The weights keep their type, and take
     up the multipliers of the parametrisation, which a Llama has not.
     """
-    from safetensors.torch import save_file  # not needed by who only trains
-
     folder.mkdir(parents=True, exist_ok=True)
     files = dict(tokenizer_files or {})
     config = llama_config(model, special_ids(files))
@@ -98,3 +108,167 @@ def special_ids(tokenizer_files: Mapping[str, str]) -> dict[str, int | None]:
         for kind in ("eos", "pad"):
             ids[f"{kind}_token_id"] = by_content.get(named.get(f"{kind}_token"))
     return ids
+
+
+def import_from_huggingface(folder: Path, name: str, vocab_size: int) -> ReasoningTransformer:
+    """Return the model in a folder of the Llama family, in fp32, as one of ours.
+
+    vocab_size: entries of the embedding, at least the folder's own; those that are added begin as
+    the mean of the others, in the head too. A tied head becomes a matrix of its own. Raises
+    CheckpointError, in one line, for what is none, or has what ours has not.
+    """
+    config, tied = read_architecture(folder, name), _is_tied(folder)
+    known = config.vocab_size
+    if vocab_size < known:
+        raise CheckpointError(
+            f"{folder}: has {known} entries in its vocabulary, {vocab_size} are wanted"
+        )
+    config.vocab_size = vocab_size
+    with torch.device("meta"):
+        model = ReasoningTransformer(config)
+    stored = StoredTensors(folder)
+    state: dict[str, Tensor] = {}
+    for ours, parameter in model.named_parameters():
+        theirs = huggingface_name(ours)
+        if tied and theirs == "lm_head.weight" and theirs not in stored.names:
+            theirs = huggingface_name("embedding.weight")
+        tensor = stored.read(theirs).float()
+        if ours in ("embedding.weight", "head.weight") and len(tensor) == known < vocab_size:
+            mean_1D = tensor.mean(dim=0, keepdim=True)
+            tensor = torch.cat((tensor, mean_1D.expand(vocab_size - known, -1)))
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{folder}: {theirs} is {tuple(tensor.shape)}, by {CONFIG_FILE} it must be "
+                f"{tuple(parameter.shape)}"
+            )
+        state[ours] = tensor.clone() if tied else tensor.contiguous()
+    stored.refuse_others({huggingface_name(ours) for ours, _ in model.named_parameters()})
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def read_architecture(folder: Path, name: str) -> TransformerConfig:
+    """Return the architecture that a folder describes, as one of ours.
+
+    Raises CheckpointError, in one line, for one of another family, or with what ours has not.
+    """
+    return _our_config(_read_json(folder / CONFIG_FILE), name, folder / CONFIG_FILE)
+
+
+def _is_tied(folder: Path) -> bool:
+    return bool(_read_json(folder / CONFIG_FILE).get("tie_word_embeddings", False))
+
+
+class StoredTensors:
+    """The safetensors of a folder, one file or several with an index, read one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Path] = {}
+        if (folder / INDEX_FILE).is_file():
+            placed = _read_json(folder / INDEX_FILE).get("weight_map")
+            if not isinstance(placed, dict):
+                raise CheckpointError(f"{folder / INDEX_FILE}: has no weight_map")
+            for tensor, file in placed.items():
+                # A name like ../../x would be read from outside of the folder.
+                if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+                    raise CheckpointError(
+                        f"{folder / INDEX_FILE}: '{file}' is no name of a file in the folder"
+                    )
+                self._files[tensor] = folder / file
+        elif (folder / WEIGHTS_FILE).is_file():
+            self._files = dict.fromkeys(self._names_in(folder / WEIGHTS_FILE),
+                                        folder / WEIGHTS_FILE)
+        else:
+            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+            raise CheckpointError(
+                f"{folder}: has no {WEIGHTS_FILE}" + (
+                    "" if pickled is None else f"; {pickled.name} is a pickle, which could run "
+                    "code and is not read: save the model with safe_serialization=True"
+                )
+            )
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor. Raises CheckpointError if there is none of that name."""
+        path = self._files.get(name)
+        if path is None:
+            raise CheckpointError(f"{self._folder}: has no tensor {name}")
+        tensor: Tensor = self._open(path, lambda file: file.get_tensor(name))
+        return tensor
+
+    def refuse_others(self, known: set[str]) -> None:
+        """Raise CheckpointError if there are tensors that the model has no place for."""
+        others = sorted(name for name in self.names - known if "rotary_emb" not in name)
+        if others:
+            raise CheckpointError(
+                f"{self._folder}: has the tensor {others[0]}, which a Llama has not"
+                + (f", and {len(others) - 1} more" if len(others) > 1 else "")
+            )
+
+    def _names_in(self, path: Path) -> list[str]:
+        names: list[str] = self._open(path, lambda file: list(file.keys()))
+        return names
+
+    def _open(self, path: Path, look: Callable[[Any], Any]) -> Any:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return look(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({str(error)[:200]})") from None
+
+
+def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerConfig:
+    """Return the architecture that a `config.json` of the Llama family describes."""
+    kind = told.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise CheckpointError(f"{path}: model_type {kind} is not of the Llama family that is read "
+                              "(llama, or mistral without a sliding window)")
+    for key, wanted in REQUIRED.items():
+        if told.get(key, wanted) != wanted:
+            raise CheckpointError(f"{path}: {key} = {told[key]}, must be {wanted} or left out")
+    rotary = told.get("rope_parameters") or {}
+    if rotary.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{path}: rope_parameters.rope_type = {rotary['rope_type']}, must be "
+                              "default")
+    try:
+        hidden, heads = int(told["hidden_size"]), int(told["num_attention_heads"])
+        config = TransformerConfig(
+            name=name,
+            hidden_size=hidden,
+            num_hidden_layers=int(told["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(told.get("num_key_value_heads") or heads),
+            intermediate_size=int(told["intermediate_size"]),
+            vocab_size=int(told["vocab_size"]),
+            max_position_embeddings=int(told.get("max_position_embeddings", 2048)),
+            rope_theta=float(rotary.get("rope_theta", told.get("rope_theta", 10000.0))),
+            rms_norm_eps=float(told.get("rms_norm_eps", 1e-6)),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: has no {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    head_size = told.get("head_dim") or hidden // heads
+    if hidden % heads or head_size != hidden // heads:
+        raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
+                              f"num_attention_heads, {hidden} / {heads}")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a folder that transformers reads") from (
+            None
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({str(error)[:200]})") from None
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return told

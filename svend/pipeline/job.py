@@ -41,6 +41,7 @@ from svend.pipeline.hyperparameters import (
     locate_hyperparameters,
     read_hyperparameters,
 )
+from svend.pipeline.init_from import find_starting_point
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
@@ -152,6 +153,7 @@ def prepare_job(
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
     if folder is None:
+        _load_starting_point(config, model, tracked)
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
@@ -185,6 +187,16 @@ def prepare_job(
         job.evaluated_step = tracked.last_step("eval/heldout_loss")
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
+
+
+def _load_starting_point(
+    config: PipelineConfig, model: nn.Module, tracked: TrackedRun
+) -> None:
+    """Give the model the weights that the config begins with, if it names some."""
+    if config.init_from is not None:
+        start = find_starting_point(config.init_from)
+        start.load_into(model, config.training)
+        tracked.set_tags({"svend.init_from": start.place, "svend.init_sha256": start.sha256})
 
 
 def _mirror_to_wandb(tracked: TrackedRun, config: PipelineConfig, console: Console) -> None:

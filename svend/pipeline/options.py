@@ -161,6 +161,7 @@ class ModelConfig:
     rope_theta: float
     train_memory_gb: int
     recommended_samples: int
+    rms_norm_eps: float = 1e-5
 
     @property
     def head_size(self) -> int:
@@ -198,6 +199,8 @@ class ModelConfig:
         )
         theta = self.rope_theta
         _require(math.isfinite(theta) and theta > 0, "model.rope_theta", theta, "above 0")
+        eps = self.rms_norm_eps
+        _require(math.isfinite(eps) and eps > 0, "model.rms_norm_eps", eps, "above 0")
         _require(self.recommended_samples >= 1, "model.recommended_samples",
                  self.recommended_samples, "at least 1")
 
@@ -495,6 +498,7 @@ class PipelineConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     carry: CarryConfig = field(default_factory=CarryConfig)
     hparams: str | None = _default("hparams")
+    init_from: str | None = _default("init_from")
     preset: str = _default("preset")
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")

@@ -104,8 +104,9 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host
                                     else socket.AF_INET)
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise UserError(
-            f"port = {port}: cannot be listened on at {host} ({os.strerror(error.errno or 0)}); choose another"
+            f"port = {port}: cannot be listened on at {host} ({reason}); choose another"
         ) from None
 
 

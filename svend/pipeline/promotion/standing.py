@@ -1,4 +1,4 @@
-"""How things stand before something is moved: which version is meant, and is the record in force?"""
+"""How things stand before a move: which version is meant, and is the record in force?"""
 
 from __future__ import annotations
 

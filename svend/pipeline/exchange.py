@@ -1,0 +1,125 @@
+"""To and from Hugging Face: a version becomes a folder for transformers, such a folder a start."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from svend.data.tokenizer import load_tokenizer
+from svend.errors import CheckpointError, ConfigError
+from svend.models.huggingface import (
+    WEIGHTS_FILE,
+    export_to_huggingface,
+    huggingface_name,
+    import_from_huggingface,
+    read_architecture,
+    special_ids,
+)
+from svend.models.parametrisation import fold_multipliers
+from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.config import ModelScale, Parametrisation, get_model_config
+from svend.pipeline.schema import to_tree, to_yaml
+from svend.pipeline.version_evaluation import LoadedVersion, load_version
+from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER
+
+VOCABULARY_MULTIPLE = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
+    """Write a version as a folder that transformers reads; return the folder.
+
+    It appears whole or not at all, and its weights are read back and compared. Raises UserError,
+    in one line, where the folder is there already or the version is not what was registered.
+    """
+    loaded = load_version(uri, [("training.device", "cpu"), ("training.precision", "fp32")])
+    version = loaded.version
+    place = folder or Path(f"{version.name}-v{version.version}-hf")
+    if place.exists():
+        raise ConfigError(f"folder {place}: is there already; remove it, or give another")
+    model = loaded.model.to(DTYPES[dtype])
+    writing = place.with_name(f".writing-{place.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        export_to_huggingface(model, loaded.tokenizer.files(), writing)
+        generation = {**special_ids(loaded.tokenizer.files()), "do_sample": False}
+        (writing / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n",
+                                                        encoding="utf-8")
+        (writing / "README.md").write_text(_card(loaded), encoding="utf-8")
+        written = load_file(writing / WEIGHTS_FILE)
+        for name, weight in fold_multipliers(model):
+            if not torch.equal(written[huggingface_name(name)], weight.cpu()):
+                raise CheckpointError(f"{writing}: {name} is not what was written; check the disk")
+        writing.rename(place)
+    except OSError as error:
+        raise ConfigError(
+            f"folder {place.absolute()}: cannot be written ({error.strerror}); choose another"
+        ) from None
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return place
+
+
+def import_folder(source: Path, name: str, folder: Path | None) -> Path:
+    """Make a checkpoint to begin with of a Llama-family folder; return where it is.
+
+    Control tokens that its tokenizer lacks are added. Raises UserError, in one line, for what is
+    no such folder, or has what our transformer has not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"name = {name}: must be letters, digits, '.', '_' and '-'")
+    if name in {get_model_config(scale).name for scale in ModelScale}:
+        raise ConfigError(f"name = {name}: is a scale's, whose registry it would enter")
+    place = folder or Path("imported") / name
+    if place.exists():
+        raise ConfigError(f"into {place}: is there already; remove it, or give another")
+    if not (source / TOKENIZER).is_file():
+        raise CheckpointError(
+            f"{source}: has no {TOKENIZER}; save the tokenizer with transformers' "
+            "PreTrainedTokenizerFast.save_pretrained"
+        )
+    tokenizer = load_tokenizer(str(source / TOKENIZER), ANY_SIZE)
+    known = read_architecture(source, name).vocab_size
+    entries = known
+    if tokenizer.size > known:
+        entries = -(-tokenizer.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    model = import_from_huggingface(source, name, entries)
+    place.mkdir(parents=True)
+    try:
+        CheckpointManager(place).save(model)
+        tokenizer.save(place)
+        described = model.config.to_model_config(get_model_config(ModelScale.TINY))
+        told = {"model": to_tree(described),
+                "training": {"parametrisation": Parametrisation.STANDARD.value}}
+        (place / CONFIG).write_text(to_yaml(told), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return place
+
+
+def _card(loaded: LoadedVersion) -> str:
+    """Return the model card: what made the version, and what it passed."""
+    version = loaded.version
+    verdicts = "".join(f"- `{name}`: {text}\n" for name, text in sorted(version.tags.items())
+                       if name.startswith("gate."))
+    facts = {
+        "model": f"{version.name}, version {version.version}", "run": version.run_id,
+        "checkpoint sha256": loaded.sha256, "stage": version.tags.get("svend.stage"),
+        "data fingerprint": version.tags.get("svend.data_fingerprint"),
+        "data recipe": loaded.config.training.data.recipe,
+    }
+    told = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    return (
+        f"# {version.name}\n\nTrained and exported by Svend.\n\n{told}\n## Gates\n\n"
+        f"{verdicts or 'None decided.'}\n## Use\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "tokenizer = AutoTokenizer.from_pretrained(\".\")\n"
+        "model = AutoModelForCausalLM.from_pretrained(\".\")\n```\n"
+    )
+
