@@ -131,6 +131,7 @@ class PipelineRunner:
             thresholds=config.training.validation_gates,
         )
         self._console = make_console()
+        self._below_run_id: str | None = None  # of the scale below, on a ladder
 
     def run_progressive(
         self,
@@ -158,6 +159,7 @@ class PipelineRunner:
             rung = PipelineRunner(replace(self.config, training=training), self.model_factory)
             # One validator: its history is that of the whole ladder.
             rung.validator = self.validator
+            rung._below_run_id = results[-1].run_id if results else None
             results.append(rung._run(resume=False, gate_full=validation_between_scales))
             if not results[-1].success:
                 break
@@ -267,6 +269,8 @@ class PipelineRunner:
             tracked = TrackedRun.begin(training.experiment_name, name)
         if self.trial is not None:
             self.trial.begun(tracked.run_id)
+        if self._below_run_id is not None:
+            tracked.set_tags({"svend.parent_scale_run_id": self._below_run_id})
         return tracked
 
     def _train(self, job: Job, signals: StopSignals) -> None:
