@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from svend.data.documents import Message, Role, conversation, dump_json
@@ -25,6 +26,7 @@ from svend.pipeline.config import Precision, load_config
 from svend.pipeline.exchange import export_version, import_folder
 from svend.pipeline.init_from import find_starting_point
 from svend.pipeline.runner import PipelineRunner
+from svend.pipeline.version_files import WEIGHTS, write_weights
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
 
@@ -122,8 +124,6 @@ def test_an_exported_version_speaks_in_transformers_as_it_does_here(
 
 
 def _ours(weights: Path) -> ReasoningTransformer:
-    from safetensors.torch import load_file
-
     from svend.models.config import TransformerConfig
 
     config = load_config({}, list(DEBUG_OVERRIDES.items()))
@@ -286,3 +286,17 @@ def test_what_cannot_be_imported_is_one_line_and_leaves_nothing(
 def test_a_scales_name_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a scale's"):
         import_folder(tmp_path, "svend-tiny-50m", None)
+
+
+def test_tied_and_turned_weights_become_safetensors_that_others_may_read(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    state = {"a": shared, "b": shared.T, "c": shared[1]}
+    torch.save(state, tmp_path / "model.pt")
+    (tmp_path / "model.pt").chmod(0o644)
+    write_weights(tmp_path / "model.pt", tmp_path / WEIGHTS)
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o644
+    written = load_file(tmp_path / WEIGHTS)
+    assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
+    torch.save({"a": shared, "n": 3}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="n is no tensor"):
+        write_weights(tmp_path / "model.pt", tmp_path / WEIGHTS)

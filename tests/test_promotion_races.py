@@ -23,8 +23,9 @@ from svend.pipeline.moves import LEVELS, MoveKind
 from svend.pipeline.promotion.audit import audit_model
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of
+from tests.postgres import PostgresServer
 from tests.registry import GATES, MODEL, history, make_version, promote, store
-from tests.servers import postgres, tracking_server
+from tests.servers import tracking_server
 
 FULL = GateLevel.FULL
 Spawned = multiprocessing.get_context("spawn")
@@ -67,8 +68,10 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with ExitStack() as stack:
         address = stack.enter_context(store(tmp_path))
         if request.param == "postgres":
-            database = stack.enter_context(postgres(tmp_path))
-            address = stack.enter_context(tracking_server(database, tmp_path / "server"))
+            database = stack.enter_context(PostgresServer())
+            address = stack.enter_context(
+                tracking_server(database.url("mlflow"), tmp_path / "server")
+            )
             mlflow.set_tracking_uri(address)
         for number in (1, 2, 3):
             make_version(tmp_path / "made", number)

@@ -365,3 +365,38 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_it_waits() -> None:
         pytest.raises(UserError, match="leave no room for an answer"),
     ):
         engine.submit(Chat(_messages("x " * 400), 8))
+
+
+def test_what_nobody_waits_for_any_more_keeps_no_place() -> None:
+    with Engine(MODEL, TOKENIZER, Precision.FP32, lanes=1, max_waiting=2) as engine:
+        running = engine.submit(Chat(_messages(QUESTIONS[0]), 200))
+        while not engine.answering:
+            time.sleep(0.001)
+        left = [engine.submit(Chat(_messages("a"), 4)), engine.submit(Chat(_messages("b"), 4))]
+        with pytest.raises(QueueFull):
+            engine.submit(Chat(_messages("c"), 4))
+        left[0].cancel()
+        assert engine.submit(Chat(_messages("c"), 4)).result().finish is not Finish.CANCELLED
+        assert left[0].result().finish is Finish.CANCELLED
+        assert left[1].result().new_tokens > 0
+        assert running.result().new_tokens > 0
+
+
+def test_what_waits_too_long_is_told_so_while_the_lane_is_in_use(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Decoder._step
+
+    def slow_step(self: Decoder, rows: Any) -> Any:
+        time.sleep(0.05)
+        return step(self, rows)
+
+    monkeypatch.setattr(Decoder, "_step", slow_step)
+    with _serving(Limits(timeout_seconds=1.0), lanes=1) as (address, engine):
+        running = engine.submit(Chat(_messages("Hello"), 200, timeout_seconds=60))
+        started_seconds = time.monotonic()
+        with _client(address) as client, pytest.raises(openai.APIStatusError) as raised:
+            _ask(client, "Hello", max_tokens=4)
+        assert raised.value.status_code == 504
+        assert time.monotonic() - started_seconds < 5
+        running.cancel()

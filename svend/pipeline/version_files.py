@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,8 +39,10 @@ def write_weights(checkpoint_weights: Path, path: Path) -> None:
         # Tied weights are written once for each name: safetensors knows no sharing.
         shared = value.untyped_storage().data_ptr() in storages
         storages.add(value.untyped_storage().data_ptr())
-        tensors[name] = value.clone() if shared else value.contiguous()
+        tensors[name] = (value.clone() if shared else value).contiguous()
     save_file(tensors, path)
+    # safetensors leaves its file to its owner alone: a store may have other readers.
+    shutil.copymode(checkpoint_weights, path)
     written = load_file(path)
     if written.keys() != tensors.keys() or any(
         not _same_bits(written[name], tensor) for name, tensor in tensors.items()

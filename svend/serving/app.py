@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from svend.serving.openai_chat import Limits, RequestError
 
 MAX_BODY_BYTES = 2 * 2**20
 RETRY_AFTER_SECONDS = "1"
+GRACE_SECONDS = 0.5  # for the engine to say so first
 
 
 def make_app(
@@ -75,9 +77,17 @@ class Events:
         self.text: Callable[[str], None] = self._put
         self.end: Callable[[Reply | Exception], None] = self._put
 
-    async def next(self) -> str | Reply | Exception:
-        """Return the next piece of text, or how the chat ended."""
-        return await self._queue.get()
+    async def next(self, ticket: Ticket) -> str | Reply | Exception:
+        """Return the next piece of text, or how the chat ended.
+
+        The engine looks at the time with each token of a chat. For one that still waits nobody
+        does but here.
+        """
+        left_seconds = ticket.deadline_seconds - time.monotonic() + GRACE_SECONDS
+        try:
+            return await asyncio.wait_for(self._queue.get(), max(0.0, left_seconds))
+        except TimeoutError:
+            return ticket.reply_unanswered()
 
     def _put(self, event: str | Reply | Exception) -> None:
         # At the end of the server the loop may be gone before the engine.
@@ -90,7 +100,7 @@ async def _whole(request: Request, events: Events, ticket: Ticket, model: str) -
     gone = asyncio.create_task(_until_gone(request))
     try:
         while True:
-            waiting = asyncio.create_task(events.next())
+            waiting = asyncio.create_task(events.next(ticket))
             await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 waiting.cancel()
@@ -99,6 +109,7 @@ async def _whole(request: Request, events: Events, ticket: Ticket, model: str) -
             event = waiting.result()
             if isinstance(event, Reply):
                 if event.finish is Finish.TIMEOUT:
+                    ticket.cancel()
                     return _error(
                         504, f"timeout: {ticket.chat.timeout_seconds:g} s have passed after "
                         f"{event.new_tokens} tokens", "timeout_error",
@@ -127,7 +138,7 @@ async def _stream(
     try:
         yield line(openai_chat.chunk(model, name, {"role": "assistant", "content": ""}))
         while True:
-            event = await events.next()
+            event = await events.next(ticket)
             if isinstance(event, str):
                 yield line(openai_chat.chunk(model, name, {"content": event}))
                 continue

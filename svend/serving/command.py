@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from svend.errors import ConfigError, UserError
 
+# Where a version was trained, and in what precision, says nothing of where it is served.
+HERE = (("training.device", "auto"), ("training.precision", "auto"))
 HELP = """\
 settings of the version's config can be overridden, such as
   --training.precision bf16   --training.device cpu
@@ -68,7 +70,7 @@ def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
     from svend.serving.engine import Engine
     from svend.serving.openai_chat import Limits
 
-    loaded = load_version(known.uri, overrides)
+    loaded = load_version(known.uri, [*HERE, *overrides])
     name = loaded.version.name
     with Engine(
         loaded.model, loaded.tokenizer, loaded.config.training.precision, lanes=known.lanes,

@@ -6,9 +6,9 @@ is invariant: what a chat is answered does not depend on what else is in the lan
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,7 +24,6 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Precision
 from svend.tools.toolbox import IsolatedToolbox
 
-POLL_SECONDS = 0.1
 INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
 
 
@@ -90,6 +89,16 @@ class Ticket:
     def cancel(self) -> None:
         """Have the chat give up its lane."""
         self.cancelled = True
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for it any more, or it has waited too long."""
+        return self.cancelled or time.monotonic() > self.deadline_seconds
+
+    def reply_unanswered(self) -> Reply:
+        """Return the reply to a chat that was given up before it had a lane."""
+        finish = Finish.CANCELLED if self.cancelled else Finish.TIMEOUT
+        return Reply("", (), finish, len(self.prompt), 0)
 
     def end(self, outcome: Reply | Exception) -> None:
         """Hand the outcome to whoever waits."""
@@ -228,7 +237,9 @@ class Engine:
             model, lanes=lanes, max_length=self.context, precision=precision, int8=int8,
             invariant=True,
         )
-        self._waiting: queue.Queue[Ticket] = queue.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        self._waiting: deque[Ticket] = deque()
+        self._changed = threading.Condition()  # guards `_waiting` and the engine's end
         self._answering: dict[int, tuple[Ticket, ChatTurn]] = {}
         self._stopped = threading.Event()
         self._broken: Exception | None = None
@@ -247,7 +258,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many chats wait for a lane."""
-        return self._waiting.qsize()
+        return len(self._waiting)
 
     @property
     def answering(self) -> int:
@@ -275,8 +286,6 @@ class Engine:
         Raises QueueFull where too many wait, UserError where the prompt leaves no room, and
         EngineStopped where nothing is answered any more.
         """
-        if not self.is_alive:
-            raise EngineStopped(f"the engine has ended ({self._broken or 'it was closed'})")
         prompt = self.prompt_tokens(chat.messages)
         if len(prompt) >= self.context:
             raise UserError(
@@ -285,17 +294,26 @@ class Engine:
             )
         deadline_seconds = time.monotonic() + chat.timeout_seconds
         ticket = Ticket(chat, prompt, on_text, on_end, deadline_seconds)
-        try:
-            self._waiting.put_nowait(ticket)
-        except queue.Full:
-            raise QueueFull(
-                f"{self._waiting.maxsize} requests wait already; try again in a moment"
-            ) from None
+        with self._changed:
+            if not self.is_alive:
+                raise self._refusal()
+            given_up = [other for other in self._waiting if other.given_up]
+            self._waiting = deque(other for other in self._waiting if not other.given_up)
+            is_full = len(self._waiting) >= self._max_waiting
+            if not is_full:
+                self._waiting.append(ticket)
+                self._changed.notify()
+        for other in given_up:
+            other.end(other.reply_unanswered())
+        if is_full:
+            raise QueueFull(f"{self._max_waiting} requests wait already; try again in a moment")
         return ticket
 
     def close(self) -> None:
         """End the thread; what is being answered is cut short, what waits is refused."""
-        self._stopped.set()
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify()
         self._thread.join()
         self._tools.close()
 
@@ -309,35 +327,35 @@ class Engine:
                 ticket.end(reply)
         except Exception as error:  # noqa: BLE001 - whatever broke, nobody may wait for ever
             self._broken = error
-        refusal = EngineStopped(f"the engine has ended ({self._broken or 'it was closed'})")
-        self._stopped.set()
-        for ticket, _ in self._answering.values():
-            ticket.end(refusal)
-        self._answering.clear()
-        while not self._waiting.empty():
-            self._waiting.get_nowait().end(refusal)
+        with self._changed:  # nobody joins those who wait from here on
+            self._stopped.set()
+            left = [*(ticket for ticket, _ in self._answering.values()), *self._waiting]
+            self._answering.clear()
+            self._waiting.clear()
+        for ticket in left:
+            ticket.end(self._refusal())
+
+    def _refusal(self) -> EngineStopped:
+        return EngineStopped(f"the engine has ended ({self._broken or 'it was closed'})")
 
     def _arrivals(self) -> Iterator[Request | None]:
         """Yield what waits; None where nothing does and lanes are in use."""
         place = 0
         while not self._stopped.is_set():
-            try:
-                ticket = (self._waiting.get_nowait() if self._answering
-                          else self._waiting.get(timeout=POLL_SECONDS))
-            except queue.Empty:
-                if not self._answering:
-                    continue
+            with self._changed:
+                if not self._waiting and not self._answering:
+                    self._changed.wait_for(lambda: self._waiting or self._stopped.is_set())
+                ticket = self._waiting.popleft() if self._waiting else None
+            if ticket is None:
                 yield None
-                place += 1
+            elif ticket.given_up:
+                ticket.end(ticket.reply_unanswered())
                 continue
-            if ticket.cancelled or time.monotonic() > ticket.deadline_seconds:
-                finish = Finish.CANCELLED if ticket.cancelled else Finish.TIMEOUT
-                ticket.end(Reply("", (), finish, len(ticket.prompt), 0))
-                continue
-            carry_out = self._tools.call if ticket.chat.executes_tools else None
-            turn = ChatTurn(ticket, self._tokenizer, carry_out)
-            self._answering[place] = ticket, turn
-            yield Request(ticket.prompt, turn, ticket.chat.seed, ticket.chat.sampling)
+            else:
+                carry_out = self._tools.call if ticket.chat.executes_tools else None
+                turn = ChatTurn(ticket, self._tokenizer, carry_out)
+                self._answering[place] = ticket, turn
+                yield Request(ticket.prompt, turn, ticket.chat.seed, ticket.chat.sampling)
             place += 1
         for ticket, _ in self._answering.values():
             ticket.cancel()

@@ -10,6 +10,7 @@ from typing import Any
 from svend.device import check_precision, resolve_device, resolve_precision
 from svend.pipeline.loading import load_saved_config
 from svend.pipeline.version_files import CONFIG, load_version_model, load_version_tokenizer
+from svend.serving.command import HERE
 from svend.serving.engine import Engine
 from svend.serving.openai_chat import Limits, completion, read_request
 
@@ -21,7 +22,7 @@ class ChatModel:
     """Answers chats in the form of OpenAI's completions."""
 
     def __init__(self, folder: Path, *, tools: bool) -> None:
-        config = load_saved_config(folder / CONFIG)
+        config = load_saved_config(folder / CONFIG, HERE)
         device = resolve_device(config.training.device)
         precision = resolve_precision(config.training.precision, device)
         check_precision(precision, device)
@@ -33,15 +34,11 @@ class ChatModel:
         self._own_tools = self._engine.tool_declarations if tools else None
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Answer one chat, or one for each row of a table with a column `messages`.
+        """Answer one chat for each row of a table with a column `messages`.
 
-        model_input: {"messages": [...], "temperature": ...}, a list of messages, or such a table.
-        Returns a completion, or a list of them. Raises UserError for a chat that is none.
+        model_input: such a table, which MLflow makes of {"messages": [...], "temperature": ...}
+        too. Returns a list of completions. Raises UserError for a chat that is none.
         """
-        if isinstance(model_input, Mapping):
-            return self._answer({**model_input, **(params or {})})
-        if isinstance(model_input, list):
-            return self._answer({"messages": model_input, **(params or {})})
         return [
             self._answer({**{key: value for key, value in row.items() if _is_given(value)},
                           **(params or {})})

@@ -190,18 +190,22 @@ def register_checkpoint(
 def _place_files(
     client: MlflowClient, model_id: str, location: str, files: Sequence[Path]
 ) -> None:
-    """Link the files into a local artifact store, or upload them."""
+    """Link each file into a local artifact store, or upload it."""
     parsed = urlparse(location)
-    if parsed.scheme in ("", "file"):
-        folder = Path(unquote(parsed.path))
+    folder = Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            for path in files:
-                os.link(path, folder / path.name)
-            return
-        except OSError as error:
-            # Another file system, or one without hard links.
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
     for path in files:
-        client.log_model_artifact(model_id, str(path))
+        if folder is None or not _linked(path, folder / path.name):
+            client.log_model_artifact(model_id, str(path))
+
+
+def _linked(path: Path, place: Path) -> bool:
+    """Make a hard link; return False where the file system is another, or knows none."""
+    try:
+        os.link(path, place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        return False
+    return True
