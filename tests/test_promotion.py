@@ -161,6 +161,9 @@ def test_an_override_moves_the_alias_and_shows_as_such(folder: Path, model: str)
     assert tags["svend.stage"] == "production (overridden)"
     assert "overridden by" in tags["svend.production"]
     assert "hotfix 12" in tags["svend.production"]
+    page = MlflowClient().get_model_version(model, "1").description
+    assert "**production**: **OVERRIDDEN** by" in page
+    assert "hotfix 12" in page
     (finding,) = audit_model(model, GATES)
     assert (finding.kind, finding.level) == ("override", "production")
     assert "hotfix 12" in finding.detail

@@ -21,7 +21,7 @@ from svend.errors import UserError
 from svend.pipeline.config import ValidationGate
 from svend.pipeline.validation import GateLevel
 from svend.tracking.ledger import Ledger, Record, text_digest
-from svend.tracking.registry import acting_user, set_alias, tag_version
+from svend.tracking.registry import acting_user, describe_version, set_alias, tag_version
 
 LEVELS = list(GateLevel)
 MAX_REASON = 1000
@@ -46,7 +46,7 @@ class Registration:
     """What a version was when it was registered.
 
     checkpoint_sha256: of the checkpoint's weights, which verdicts refer to. files: the hash of each
-    of the version's files.
+    of the version's files. note: what made it, as Markdown for MLflow's pages.
     """
 
     checkpoint_sha256: str
@@ -54,6 +54,7 @@ class Registration:
     tokenizer_sha256: str
     step: int
     files: dict[str, str]
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +288,7 @@ class Moves:
         for version in {move.version, move.former} - {None}:
             assert version is not None
             tag_version(self.model, version, {"svend.stage": history.stage(version)})
+            describe_version(self.model, version, _description(history, version))
         if move.level is not None:
             note = f"{move.kind.value} by {move.by}, {move.at[:19]}Z, entry {move.number}"
             note += f": {move.reason}" if move.reason else ""
@@ -297,6 +299,24 @@ class Moves:
         verdict = history.verdict(move)
         if verdict is not None:
             tag_version(self.model, move.version, verdict_tags(verdict["rows"]))
+
+
+def _description(history: History, version: str) -> str:
+    """Return what a version's page says: its levels, by whom, and what made it."""
+    lines = []
+    for level in LEVELS:
+        holder, passed = history.holder(level), history.passed(version, level)
+        holds = holder is not None and holder.version == version
+        now = "" if holds else " (another version has it now)"
+        if passed is not None:
+            lines.append(f"- **{level.value}**: passed, {passed.at[:10]}, entry "
+                         f"{passed.number}{now}")
+        elif holds and holder is not None and holder.kind is MoveKind.OVERRIDDEN:
+            lines.append(f"- **{level.value}**: **OVERRIDDEN** by {holder.by}, {holder.at[:10]}, "
+                         f"entry {holder.number}: {holder.reason}")
+    registration = history.registration(version)
+    return "\n".join([*(lines or ["No level passed."]), "",
+                      registration.note if registration else ""])
 
 
 def definition(

@@ -35,7 +35,7 @@ from svend.pipeline.validation import (
 from svend.pipeline.version_files import WEIGHTS, write_weights
 from svend.planning.plan import RunPlan
 from svend.tracking.registry import RegisteredVersion, register_checkpoint
-from svend.tracking.run import TrackedRun, environment_tags, installed_packages
+from svend.tracking.run import TrackedRun, environment_tags, installed_packages, tags_of
 
 EVALUATION_ARTIFACTS = "evaluation"
 
@@ -213,6 +213,7 @@ def register_version(
         "svend.stage": "none",
         **verdict_tags(rows),
     }
+    note = _lineage_note(tracked, config, corpus, checkpoint)
     # On the disk of the run, so that the version can have the file as a hard link.
     with tempfile.TemporaryDirectory(dir=folder.path, prefix=".registering-") as place:
         weights = Path(place) / WEIGHTS
@@ -226,12 +227,12 @@ def register_version(
             {"scale": config.training.model_scale.value, "step": str(checkpoint.step),
              "sha256": checkpoint.weights_sha256},
             tags,
-            f"step {checkpoint.step}: held-out loss {checkpoint.metrics['loss']:.4f}; trained by "
-            f"run {tracked.run_id}",
+            note,
         )
     registration = Registration(
         checkpoint_sha256=checkpoint.weights_sha256, data_fingerprint=corpus.fingerprint,
         tokenizer_sha256=corpus.tokenizer.sha256, step=checkpoint.step, files=registered.files,
+        note=note,
     )
     version, run_id = registered.version, tracked.run_id
     moves.add(Move(kind=MoveKind.REGISTERED, version=version, run_id=run_id,
@@ -245,6 +246,27 @@ def register_version(
         moves.add(Move(kind=MoveKind.PROMOTED, version=version, level=level, verdict=verdict,
                        run_id=run_id, reason="decided by the run that trained it"))
     return replace(registered, aliases=[level.value for level in levels])
+
+
+def _lineage_note(
+    tracked: TrackedRun, config: PipelineConfig, corpus: Corpus, checkpoint: Checkpoint
+) -> str:
+    """Return what made a version, for its page in MLflow."""
+    tags = tags_of(tracked.run_id)
+    dirty = " with uncommitted changes" if tags.get("svend.git_dirty") == "true" else ""
+    loss = checkpoint.metrics["loss"]
+    facts = {
+        "weights": f"step {checkpoint.step}, held-out loss {loss:.4f}, checkpoint "
+                   f"`{checkpoint.weights_sha256[:16]}`",
+        "run": f"`{tracked.run_id}`, with config.yaml, verdicts.html and the evaluations below it",
+        "commit": f"`{tags.get('svend.git_commit', 'none')}`{dirty}",
+        "data": f"{config.training.data.recipe}, fingerprint `{corpus.fingerprint[:16]}`, "
+                f"tokenizer `{corpus.tokenizer.sha256[:16]}`",
+        "run of the scale below": f"`{tags.get('svend.parent_scale_run_id', 'none')}`",
+        "sweep": f"`{tags.get('svend.hparams.run_id', 'none')}`",
+        "begun with": tags.get("svend.init_from", "weights drawn from the seed"),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
 def measurement_rows(

@@ -92,6 +92,12 @@ def tag_version(name: str, version: str, tags: Mapping[str, str]) -> None:
             _unless_gone(partial(client.set_model_version_tag, name, version, key, value))
 
 
+def describe_version(name: str, version: str, text: str) -> None:
+    """Set the description of a version, as Markdown; one that was deleted keeps none."""
+    with told_by_the_store(f"{name} version {version}"):
+        _unless_gone(partial(MlflowClient().update_model_version, name, version, text))
+
+
 def set_alias(name: str, alias: str, version: str) -> None:
     """Point an alias at a version; at one that was deleted none can point."""
     with told_by_the_store(f"{name} version {version}"):
@@ -128,7 +134,7 @@ def acting_user() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def _unless_gone(call: Callable[[], None]) -> None:
+def _unless_gone(call: Callable[[], object]) -> None:
     try:
         retried(call)
     except MlflowException as error:
