@@ -305,7 +305,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if config.init_from is not None:
             from svend.pipeline.init_from import find_starting_point
 
-            begins_with = find_starting_point(config.init_from).settings()
+            start = find_starting_point(config.init_from)
+            begins_with = start.settings(config.training.data.cache_dir)
+            # By its address: an alias may mean another version tomorrow.
+            overrides = [*overrides, ("init_from", start.place)]
             config = load_config(groups, [*begins_with, *overrides])
         if config.hparams is not None:
             from svend.pipeline.hyperparameters import (

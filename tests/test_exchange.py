@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from svend.data.documents import Message, Role, conversation, dump_json
@@ -89,6 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _config(folder: Path, **changes: str) -> Any:
     return load_config({}, list({
         **DEBUG_OVERRIDES, "training.max_steps": "20", "training.save_steps": "20",
+        "training.compile": "off",
         "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(folder / "cache"),
         **changes,
     }.items()))
@@ -174,13 +175,13 @@ def test_an_import_is_a_checkpoint_that_trains_on(trained: Path, tmp_path: Path)
     (checkpoint,) = CheckpointManager(place).list_checkpoints()
     assert checkpoint.step == 0
     start = find_starting_point(str(place))
-    overrides = {**DEBUG_OVERRIDES, **dict(start.settings()), "init_from": str(place),
+    settings = dict(start.settings(str(trained / "cache")))
+    overrides = {**DEBUG_OVERRIDES, "training.compile": "off",
                  "training.max_steps": "8", "training.save_steps": "8",
                  "training.learning_rate": "1e-3", "strict_validation": "false",
                  "checkpoint_dir": str(tmp_path / "checkpoints"),
                  "data.cache_dir": str(trained / "cache")}
-    del overrides["model.intermediate_size"]
-    config = load_config({}, list({**overrides, **dict(start.settings())}.items()))
+    config = load_config({}, list({**overrides, **settings}.items()))
     result = PipelineRunner(config).run()
     assert result.success, result.reason
     client = mlflow.MlflowClient()
@@ -206,25 +207,33 @@ def _heldout_loss(config: Any, model: ReasoningTransformer) -> float:
     ).loss
 
 
+@pytest.mark.slow
 def test_a_version_may_be_trained_on(trained: Path) -> None:
     start = find_starting_point("models:/svend-debug@standard")
-    config = _config(trained, **dict(start.settings()),
-                     init_from="models:/svend-debug@standard")
+    config = _config(trained, **dict(start.settings(str(trained / "cache"))))
     result = PipelineRunner(config).run()
     assert result.success, result.reason
     run = mlflow.MlflowClient().get_run(str(result.run_id))
     assert run.data.tags["svend.init_from"] == "models:/svend-debug/1"
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_or_meaning_are_refused(trained: Path) -> None:
     wide = _config(trained, **{"model.hidden_size": "128",
                                "init_from": "models:/svend-debug@standard"})
     result = PipelineRunner(wide).run()
     assert not result.success
-    assert "leave model.* and data.tokenizer as they are there" in str(result.reason)
+    assert "was made with model.hidden_size = 64, now it is 128" in str(result.reason)
     other = _config(trained, **{"training.parametrisation": "completep",
                                 "init_from": "models:/svend-debug@standard"})
     assert "the weights mean something else then" in str(PipelineRunner(other).run().reason)
+    start = find_starting_point("models:/svend-debug@standard")
+    same = dict(start.settings(str(trained / "cache")))
+    turned = _config(trained, **{**same, "model.rope_theta": "5000.0"})
+    assert "was made with model.rope_theta" in str(PipelineRunner(turned).run().reason)
+    spoken = _config(trained, **{**same, "training.data.tokenizer": "train",
+                                 "data.num_samples": "150"})
+    assert "training.data.tokenizer is another" in str(PipelineRunner(spoken).run().reason)
     with pytest.raises(UserError, match="has no checkpoint"):
         find_starting_point(str(trained / "nowhere"))
 
@@ -250,6 +259,12 @@ def _pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": 1}))
 
 
+def _poison(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -260,6 +275,10 @@ def _truncate(folder: Path) -> None:
     (_change(attention_bias=True), "attention_bias = True, must be False"),
     (_change(hidden_act="gelu"), "hidden_act = gelu, must be silu"),
     (_change(rope_parameters={"rope_type": "yarn"}), "rope_type = yarn, must be default"),
+    (_change(rope_parameters=[1]), "rope_parameters is no object"),
+    (_change(rope_parameters={"rope_theta": 7.0}, rope_theta=8.0), "and 7.0 in rope_parameters"),
+    (_change(model_type="mistral"), "sliding_window is not stated"),
+    (_change(num_attention_heads=0), "a size is below 1"),
     (_change(head_dim=32), "head_dim = 32, must be hidden_size / num_attention_heads"),
     (_change(hidden_size="gone"), "has no hidden_size"),
     (_change(intermediate_size=96), "by config.json it must be"),
@@ -267,7 +286,7 @@ def _truncate(folder: Path) -> None:
     (_change(num_hidden_layers=3), "has no tensor model.layers.2"),
     (_climb_out, "'../outside.safetensors' is no name of a file in the folder"),
     (_pickle, "pytorch_model.bin is a pickle, which could run code and is not read"),
-    (_truncate, "cannot be read"),
+    (_truncate, "cannot be read"), (_poison, "must hold finite numbers"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
     (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read"),
 ])

@@ -35,6 +35,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with store(folder) as address:
         result = PipelineRunner(load_config({}, list({
             **DEBUG_OVERRIDES, "training.max_steps": "20", "training.save_steps": "20",
+            "training.compile": "off",
             "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(folder / "cache"),
         }.items()))).run()
         assert result.success, result.reason

@@ -31,6 +31,9 @@ NAMES = {
 }
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What Mistral's own defaults would set otherwise than Llama's.
+MISTRAL_STATES = ("sliding_window", "num_key_value_heads")
 # What a Llama may have and ours has not: each must be as it is where it is left out.
 REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
             "rope_scaling": None, "sliding_window": None, "quantization_config": None,
@@ -38,22 +41,25 @@ REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
 
 
 def export_to_huggingface(
-    model: ReasoningTransformer, tokenizer_files: Mapping[str, str] | None, folder: Path
+    model: ReasoningTransformer, tokenizer_files: Mapping[str, str] | None, folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the model as a Llama into a folder, which is made where it is not there.
 
     tokenizer_files: the content of the tokenizer's files by name, as `DocumentTokenizer.files`
-    gives them; its end and padding tokens become the model's. The weights keep their type, and take
-    up the multipliers of the parametrisation, which a Llama has not.
+    gives them; its end and padding tokens become the model's. The weights take up the multipliers
+    of the parametrisation, which a Llama has not, and are then rounded to `dtype`; None keeps
+    theirs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = dict(tokenizer_files or {})
-    config = llama_config(model, special_ids(files))
+    dtype = dtype or model.head.weight.dtype
+    config = llama_config(model, special_ids(files)) | {"dtype": str(dtype).removeprefix("torch.")}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     weights = {
-        huggingface_name(name): weight.cpu().contiguous()
+        huggingface_name(name): weight.to("cpu", dtype).contiguous()
         for name, weight in fold_multipliers(model)
     }
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -130,9 +136,15 @@ def import_from_huggingface(folder: Path, name: str, vocab_size: int) -> Reasoni
     state: dict[str, Tensor] = {}
     for ours, parameter in model.named_parameters():
         theirs = huggingface_name(ours)
-        if tied and theirs == "lm_head.weight" and theirs not in stored.names:
-            theirs = huggingface_name("embedding.weight")
-        tensor = stored.read(theirs).float()
+        if tied and theirs == "lm_head.weight":
+            theirs = huggingface_name("embedding.weight")  # as transformers does
+        tensor = stored.read(theirs)
+        if tensor.dtype not in FLOATS or not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{folder}: {theirs} must hold finite numbers in fp32, bf16, fp16 or fp64; it is "
+                f"{str(tensor.dtype).removeprefix('torch.')}, or holds NaN or infinity"
+            )
+        tensor = tensor.float()
         if ours in ("embedding.weight", "head.weight") and len(tensor) == known < vocab_size:
             mean_1D = tensor.mean(dim=0, keepdim=True)
             tensor = torch.cat((tensor, mean_1D.expand(vocab_size - known, -1)))
@@ -231,18 +243,29 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
     for key, wanted in REQUIRED.items():
         if told.get(key, wanted) != wanted:
             raise CheckpointError(f"{path}: {key} = {told[key]}, must be {wanted} or left out")
+    unsaid = [key for key in MISTRAL_STATES if kind == "mistral" and key not in told]
+    if unsaid:
+        raise CheckpointError(f"{path}: {unsaid[0]} is not stated, and Mistral's own default is "
+                              "not Llama's; state it")
     rotary = told.get("rope_parameters") or {}
-    if rotary.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: rope_parameters.rope_type = {rotary['rope_type']}, must be "
-                              "default")
+    if not isinstance(rotary, dict):
+        raise CheckpointError(f"{path}: rope_parameters is no object")
+    for key, wanted in (("rope_type", "default"), ("partial_rotary_factor", 1.0)):
+        if rotary.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"{path}: rope_parameters.{key} = {rotary[key]}, must be {wanted}"
+            )
+    if "rope_theta" in told and rotary.get("rope_theta", told["rope_theta"]) != told["rope_theta"]:
+        raise CheckpointError(f"{path}: rope_theta is {told['rope_theta']}, and "
+                              f"{rotary['rope_theta']} in rope_parameters")
     try:
         hidden, heads = int(told["hidden_size"]), int(told["num_attention_heads"])
         config = TransformerConfig(
             name=name,
             hidden_size=hidden,
             num_hidden_layers=int(told["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(told.get("num_key_value_heads") or heads),
+            num_attention_heads=max(1, heads),
+            num_key_value_heads=int(told.get("num_key_value_heads") or max(1, heads)),
             intermediate_size=int(told["intermediate_size"]),
             vocab_size=int(told["vocab_size"]),
             max_position_embeddings=int(told.get("max_position_embeddings", 2048)),
@@ -253,6 +276,8 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
         raise CheckpointError(f"{path}: has no {error.args[0]}") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if min(hidden, heads, config.kv_heads, config.num_hidden_layers, config.vocab_size) < 1:
+        raise CheckpointError(f"{path}: a size is below 1")
     head_size = told.get("head_dim") or hidden // heads
     if hidden % heads or head_size != hidden // heads:
         raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "

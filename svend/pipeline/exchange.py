@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from svend.data.chat import END_OF_MESSAGE, END_OF_TEXT
 from svend.data.tokenizer import load_tokenizer
 from svend.errors import CheckpointError, ConfigError
 from svend.models.huggingface import (
@@ -42,27 +44,32 @@ def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
     place = folder or Path(f"{version.name}-v{version.version}-hf")
     if place.exists():
         raise ConfigError(f"folder {place}: is there already; remove it, or give another")
-    model = loaded.model.to(DTYPES[dtype])
+    model = loaded.model
     writing = place.with_name(f".writing-{place.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        export_to_huggingface(model, loaded.tokenizer.files(), writing)
-        generation = {**special_ids(loaded.tokenizer.files()), "do_sample": False}
+        export_to_huggingface(model, loaded.tokenizer.files(), writing, DTYPES[dtype])
+        ends = [loaded.tokenizer.control_ids[token] for token in (END_OF_MESSAGE, END_OF_TEXT)]
+        generation = {**special_ids(loaded.tokenizer.files()), "eos_token_id": ends,
+                      "do_sample": False}
         (writing / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n",
                                                         encoding="utf-8")
         (writing / "README.md").write_text(_card(loaded), encoding="utf-8")
         written = load_file(writing / WEIGHTS_FILE)
         for name, weight in fold_multipliers(model):
-            if not torch.equal(written[huggingface_name(name)], weight.cpu()):
+            if not torch.equal(written[huggingface_name(name)], weight.to("cpu", DTYPES[dtype])):
                 raise CheckpointError(f"{writing}: {name} is not what was written; check the disk")
         writing.rename(place)
-    except OSError as error:
-        raise ConfigError(
-            f"folder {place.absolute()}: cannot be written ({error.strerror}); choose another"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise _not_written("folder", place, error) from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return place
+
+
+def _not_written(name: str, place: Path, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or str(error)[:200]
+    return ConfigError(f"{name} {place.absolute()}: cannot be written ({reason}); choose another")
 
 
 def import_folder(source: Path, name: str, folder: Path | None) -> Path:
@@ -89,17 +96,22 @@ def import_folder(source: Path, name: str, folder: Path | None) -> Path:
     if tokenizer.size > known:
         entries = -(-tokenizer.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model = import_from_huggingface(source, name, entries)
-    place.mkdir(parents=True)
+    # Whole or not at all: what a kill leaves is hidden, and the next import removes it.
+    writing = place.with_name(f".writing-{place.name}")
+    shutil.rmtree(writing, ignore_errors=True)
     try:
-        CheckpointManager(place).save(model)
-        tokenizer.save(place)
+        writing.mkdir(parents=True)
+        CheckpointManager(writing).save(model)
+        tokenizer.save(writing)
         described = model.config.to_model_config(get_model_config(ModelScale.TINY))
         told = {"model": to_tree(described),
                 "training": {"parametrisation": Parametrisation.STANDARD.value}}
-        (place / CONFIG).write_text(to_yaml(told), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        (writing / CONFIG).write_text(to_yaml(told), encoding="utf-8")
+        writing.rename(place)
+    except OSError as error:
+        raise _not_written("into", place, error) from None
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
     return place
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svend.data.records import file_digest
+from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.errors import CheckpointError, ConfigError
 from svend.pipeline.checkpoint_files import MODEL, read_folder, read_state, verify
-from svend.pipeline.config import Parametrisation, TrainingConfig
+from svend.pipeline.config import Parametrisation, PipelineConfig
+from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.schema import read_yaml, to_tree
-from svend.pipeline.version_files import CONFIG, TOKENIZER, WEIGHTS
+from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER, WEIGHTS
 from svend.tracking.registry import open_version
 
 SCALE_KEYS = ("train_memory_gb", "recommended_samples")
@@ -33,29 +37,56 @@ class StartingPoint:
     tokenizer: Path
     parametrisation: Mapping[str, Any]
 
-    def settings(self) -> list[tuple[str, str]]:
-        """Return the architecture and the tokenizer as overrides of a configuration."""
+    def settings(self, cache_dir: str) -> list[tuple[str, str]]:
+        """Return the architecture and the tokenizer as overrides of a configuration.
+
+        The tokenizer is copied into the cache, by its hash: a version may lie in a folder that is
+        another at each start, and a run that goes on must find the same setting.
+        """
+        kept = Path(cache_dir).expanduser() / "tokenizers" / (
+            f"init-{file_digest(self.tokenizer)[:32]}.json"
+        )
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if not kept.is_file():
+                writing = kept.with_name(f".writing-{kept.name}-{os.getpid()}")
+                shutil.copyfile(self.tokenizer, writing)
+                writing.rename(kept)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir {cache_dir}: cannot be written ({error.strerror}); choose another"
+            ) from None
         told = {
             **{f"model.{key}": value for key, value in self.model.items()
                if key not in SCALE_KEYS},
             **{f"training.{key}": value for key, value in self.parametrisation.items()},
-            "training.data.tokenizer": str(self.tokenizer.absolute()),
+            "training.data.tokenizer": str(kept.absolute()),
+            "init_from": self.place,
         }
         return [(key, str(value)) for key, value in told.items()]
 
-    def load_into(self, model: nn.Module, training: TrainingConfig) -> None:
-        """Give a model these weights.
-
-        Raises ConfigError where it is of another shape, or where its parametrisation would make
-        another function of them.
-        """
-        told = to_tree(training)
-        for key, value in self.parametrisation.items():
-            if told[key] != value:
+    def check(self, config: PipelineConfig, tokenizer: DocumentTokenizer) -> None:
+        """Raise ConfigError where a setting would make another function of the weights."""
+        now = {f"model.{key}": value for key, value in to_tree(config.model).items()}
+        now |= {f"training.{key}": value for key, value in to_tree(config.training).items()}
+        was = {f"model.{key}": value for key, value in self.model.items()
+               if key not in (*SCALE_KEYS, "name")}
+        was |= {f"training.{key}": value for key, value in self.parametrisation.items()}
+        for key, value in was.items():
+            if now[key] != value:
                 raise ConfigError(
-                    f"init_from = {self.place}: was made with training.{key} = {value}, now it is "
-                    f"{told[key]}; the weights mean something else then"
+                    f"init_from = {self.place}: was made with {key} = {value}, now it is "
+                    f"{now[key]}; the weights mean something else then: leave it as it is there"
                 )
+        own = load_tokenizer(str(self.tokenizer), ANY_SIZE)
+        if own.sha256 != tokenizer.sha256:
+            raise ConfigError(
+                f"init_from = {self.place}: training.data.tokenizer is another than the weights' "
+                f"own; leave it out, or give {self.tokenizer}"
+            )
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give a model these weights. Raises ConfigError where it is of another shape."""
         state = self._read()
         own = model.state_dict()
         for name in sorted({*own, *state}):
@@ -63,7 +94,7 @@ class StartingPoint:
             if shapes[0] != shapes[1]:
                 raise ConfigError(
                     f"init_from = {self.place}: {name} is {shapes[1]} there, the model's is "
-                    f"{shapes[0]}; leave model.* and data.tokenizer as they are there"
+                    f"{shapes[0]}; leave model.* as it is there"
                 )
         model.load_state_dict(state)
 
@@ -83,9 +114,11 @@ def find_starting_point(place: str) -> StartingPoint:
     """
     if place.startswith("models:/"):
         version = open_version(place)
+        history = Moves.find(version.name).history()
+        registration = registration_of(version.name, version.version, history)
+        verify_files(version, registration)
         folder = version.folder
-        weights = folder / WEIGHTS
-        sha256 = file_digest(weights)
+        weights, sha256 = folder / WEIGHTS, registration.files[WEIGHTS]
         place = f"models:/{version.name}/{version.version}"
     else:
         folder = Path(place).expanduser()
@@ -97,6 +130,11 @@ def find_starting_point(place: str) -> StartingPoint:
             )
         verify(found[-1])
         weights, sha256 = found[-1].path / MODEL, found[-1].weights_sha256
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(
+            f"init_from = {place}: has no {TOKENIZER}; give a folder that svend import wrote, or "
+            "models:/NAME@ALIAS"
+        )
     tree = read_yaml(folder / CONFIG)
     training = tree.get("training") or {}
     keys = ["parametrisation"]

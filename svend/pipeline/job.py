@@ -16,6 +16,7 @@ from torch import nn
 
 from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.tokenizer import DocumentTokenizer
 from svend.device import (
     check_float8,
     check_precision,
@@ -153,7 +154,7 @@ def prepare_job(
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
     if folder is None:
-        _load_starting_point(config, model, tracked)
+        _load_starting_point(config, model, corpus.tokenizer, tracked)
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
@@ -190,12 +191,13 @@ def prepare_job(
 
 
 def _load_starting_point(
-    config: PipelineConfig, model: nn.Module, tracked: TrackedRun
+    config: PipelineConfig, model: nn.Module, tokenizer: DocumentTokenizer, tracked: TrackedRun
 ) -> None:
     """Give the model the weights that the config begins with, if it names some."""
     if config.init_from is not None:
         start = find_starting_point(config.init_from)
-        start.load_into(model, config.training)
+        start.check(config, tokenizer)
+        start.load_into(model)
         tracked.set_tags({"svend.init_from": start.place, "svend.init_sha256": start.sha256})
 
 

@@ -10,12 +10,10 @@ import torch
 from rich.console import Console
 
 from svend.data.corpus import Corpus, build_corpus
-from svend.data.records import file_digest
 from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
 from svend.data.tokenizer import DocumentTokenizer
 from svend.device import check_precision, resolve_device, resolve_precision
-from svend.errors import CheckpointError, UserError
 from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
@@ -23,7 +21,7 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.moves import History, Moves, Registration
+from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
 from svend.pipeline.report import make_console, verdict_table, verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE
@@ -55,36 +53,11 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
     Raises UserError, in one line, for what is missing, not what was registered, or does not fit.
     """
     version = open_version(model_uri)
-    registration = registration_of(version, Moves.find(version.name).history())
+    registration = registration_of(
+        version.name, version.version, Moves.find(version.name).history()
+    )
     verify_files(version, registration)
     return load_files(version, registration.checkpoint_sha256, overrides)
-
-
-def registration_of(version: OpenedVersion, history: History) -> Registration:
-    """Return what a version was when it was registered. Raises UserError if it is not on record."""
-    registration = history.registration(version.version)
-    if registration is None:
-        known = ", ".join(reversed(history.registered())) or "none"
-        raise UserError(
-            f"{version.name} version {version.version}: its registration is not on record; there "
-            f"are the versions {known}"
-        )
-    return registration
-
-
-def verify_files(version: OpenedVersion, registration: Registration) -> None:
-    """Raise CheckpointError unless every file of a version is what was registered."""
-    where = f"model models:/{version.name}/{version.version}"
-    for name, sha256 in registration.files.items():
-        path = version.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
-        found = file_digest(path)
-        if found != sha256:
-            raise CheckpointError(
-                f"{where}: {path} has the hash {found[:12]}, recorded is {sha256[:12]}; it is not "
-                "what was registered"
-            )
 
 
 def load_files(

@@ -21,6 +21,7 @@ from svend.pipeline.moves import (
     Moves,
     Registration,
     definition_sha256,
+    verify_files,
 )
 from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
 from svend.pipeline.promotion.standing import (
@@ -31,7 +32,6 @@ from svend.pipeline.promotion.standing import (
 )
 from svend.pipeline.report import verdict_table, verdicts_html
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
-from svend.pipeline.version_evaluation import verify_files
 from svend.tracking.run import TrackedRun, environment_tags
 
 PROMOTION_TAG = "svend.promotion"  # of a promotion's run: which model's ledger it wrote to

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from svend.errors import UserError
-from svend.pipeline.moves import LEVELS, History, Moves, Registration
+from svend.pipeline.moves import LEVELS, History, Moves, Registration, registration_of
 from svend.pipeline.validation import GateLevel
-from svend.pipeline.version_evaluation import registration_of
 from svend.tracking.registry import OpenedVersion, aliases_of, open_version
 
 # An alias follows its record within moments.
@@ -60,13 +59,8 @@ def open_registered(
     model: str, history: History, version: str
 ) -> tuple[OpenedVersion, Registration]:
     """Return a version with what was registered. Raises UserError where either is missing."""
-    if version not in history.registered():
-        known = ", ".join(reversed(history.registered())) or "none"
-        raise UserError(
-            f"{model} version {version}: is not on record; there are the versions {known}"
-        )
-    opened = open_version(f"models:/{model}/{version}")
-    return opened, registration_of(opened, history)
+    registration = registration_of(model, version, history)
+    return open_version(f"models:/{model}/{version}"), registration
 
 
 def check_aliases(moves: Moves, levels: Sequence[GateLevel]) -> None:
