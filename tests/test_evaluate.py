@@ -129,6 +129,29 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
     assert "Traceback" not in done.stdout
 
 
+def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Workplace) -> None:
+    done = trained.run([
+        sys.executable, "-m", "svend", "promote", "--model", "svend-debug", "--version", "1",
+        "--to", "standard", "--training.heldout_sequences", "4",
+    ])
+    assert done.returncode == 0, done.stdout
+    assert "svend-debug version 1: renewed, standard" in done.stdout
+    assert "gradient_norm: on record, measured by run" in done.stdout
+    assert "loss: on record" not in done.stdout
+    told = json.loads(trained.run(
+        [sys.executable, "-m", "svend", "history", "svend-debug", "--json"]
+    ).stdout)
+    rows = {row["metric"]: row for row in told[-1]["decided"]["rows"]}
+    assert rows["loss"]["sample_size"] == 4
+    run = _client(trained).get_run(rows["loss"]["run_id"])
+    assert run.info.run_name == "promote-svend-debug-v1-to-standard"
+    assert run.data.metrics["eval/heldout_loss"] == rows["loss"]["value"]
+    assert rows["gradient_norm"]["run_id"] == _version(trained).run_id
+    audited = trained.run([sys.executable, "-m", "svend", "audit", "--model", "svend-debug"])
+    assert audited.returncode == 1
+    assert "was decided with training.heldout_sequences = 4" in audited.stdout
+
+
 def _files(place: Workplace) -> Path:
     return next(place.folder.glob("mlruns/**/models/*/artifacts/model.safetensors")).parent
 

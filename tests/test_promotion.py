@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -283,6 +284,15 @@ def test_a_version_whose_files_are_not_what_they_were_is_refused(
         promote(QUICK, made.version, model=model)
     with pytest.raises(CheckpointError, match=message):
         climb.override(model, made.version, QUICK, "in a hurry", CONSOLE)
+    assert aliases_of(model) == {}
+
+
+def test_a_version_whose_artifacts_are_gone_is_one_line(folder: Path, model: str) -> None:
+    made = _make(folder, model)
+    shutil.rmtree(made.folder)
+    with pytest.raises(UserError) as raised:
+        promote(QUICK, made.version, model=model)
+    assert "\n" not in str(raised.value)
     assert aliases_of(model) == {}
 
 

@@ -25,7 +25,7 @@ from svend.data.stream import (
 )
 from svend.device import DTYPES
 from svend.errors import ConfigError
-from svend.evaluation.heldout import measure_heldout_loss
+from svend.evaluation.heldout import measure_gradient_norm, measure_heldout_loss
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
@@ -433,6 +433,17 @@ def test_a_consumer_that_evaluates_between_steps_changes_nothing() -> None:
                 measure_heldout_loss(state.model, heldout.first(2), Precision.FP32, CPU)
         runs.append(losses)
     assert runs[0] == runs[1]
+
+
+def test_the_gradient_norm_of_a_version_is_that_of_its_mean_loss() -> None:
+    model, sequences = make_model(), make_sequences(documents=40)
+    measured = measure_gradient_norm(model, sequences.first(4), Precision.FP32, CPU)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    batches = list(sequences.first(4))
+    summed = [model(b.tokens_BT, b.labels_BT, b.documents_BT) for b in batches]
+    (sum(summed) / sum(b.predicted_tokens for b in batches)).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert measured == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_held_out_loss_and_its_error_equal_a_direct_computation() -> None:

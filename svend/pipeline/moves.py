@@ -239,12 +239,16 @@ class Moves:
 
     def keep_verdict(
         self, level: GateLevel, gates: Sequence[ValidationGate], confidence: float | None,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]], overrides: Sequence[tuple[str, str]] = (),
     ) -> str:
-        """Keep a level's verdict with the definition of its gates; return the hash."""
+        """Keep a level's verdict with the definition of its gates; return the hash.
+
+        overrides: settings that were given for this verdict alone.
+        """
         return self.keep_rows(
             rows, level=level.value, definition=definition(gates, confidence),
             definition_sha256=definition_sha256(gates, confidence),
+            overrides=[list(pair) for pair in overrides],
         )
 
     def add(self, move: Move, still_right: Callable[[History], None] = lambda _: None) -> Move:

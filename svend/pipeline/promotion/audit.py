@@ -34,6 +34,14 @@ from svend.tracking.registry import (
 from svend.tracking.run import run_shows, runs_with_tags
 
 
+# Overrides that say where things are, or how fast, and change no value.
+WHEREABOUTS = {
+    "evaluation.paths", "evaluation.batch_size", "data.path", "data.heldout_path",
+    "data.cache_dir", "training.data.path", "training.data.heldout_path",
+    "training.data.cache_dir", "training.device", "training.precision",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is not as it must be. kind: a word for programs, such as `alias`."""
@@ -202,6 +210,12 @@ def _objections(
             f"was passed by another definition of {level.value} than today's: "
             f"{_definition_text(verdict['definition'])}; svend promote --to {level.value} decides "
             "it again"
+        )
+    told = [f"{key} = {value}" for key, value in verdict["overrides"] if key not in WHEREABOUTS]
+    if told:
+        yield "other settings", (
+            f"was decided with {', '.join(told)}, which are not the version's own; svend promote "
+            "without them decides it again"
         )
     for row in verdict["rows"]:
         name = LOGGED_AS.get(row["metric"], f"eval/{row['metric']}")

@@ -189,7 +189,9 @@ class Climb:
                      verdict=decided.verdict, reason=f"by the verdict of entry {decided.number}"),
                 unless_overtaken,
             )]
-        verdict = moves.keep_verdict(level, validator.gates[level], validator.confidence, decided)
+        verdict = moves.keep_verdict(
+            level, validator.gates[level], validator.confidence, decided, self._promotion.overrides
+        )
         failures = [row for row in decided if row["required"] and not row["passed"]]
         if failures:
             kind = MoveKind.REFUSED
