@@ -33,7 +33,6 @@ from svend.tracking.registry import (
 )
 from svend.tracking.run import run_shows, runs_with_tags
 
-
 # Overrides that say where things are, or how fast, and change no value.
 WHEREABOUTS = {
     "evaluation.paths", "evaluation.batch_size", "data.path", "data.heldout_path",
