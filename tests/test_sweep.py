@@ -79,6 +79,7 @@ def check_runs(workplace: Workplace, trials: int) -> Run:
     return parent
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_its_worker_and_ends_with_tables_plots_and_a_verdict(
     workplace: Workplace,
 ) -> None:
