@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,7 @@ from svend.errors import CheckpointError, GateFailure, UserError
 from svend.pipeline import moves as moves_module
 from svend.pipeline.config import GatesConfig
 from svend.pipeline.moves import MoveKind, Moves
-from svend.pipeline.promotion import climb
+from svend.pipeline.promotion import actions, climb
 from svend.pipeline.promotion.audit import audit_model
 from svend.pipeline.promotion.lineage import trace
 from svend.pipeline.promotion.standing import next_level
@@ -173,6 +174,18 @@ def test_an_override_moves_the_alias_and_shows_as_such(folder: Path, model: str)
         promote(PRODUCTION, made.version, model=model)
     with pytest.raises(UserError, match="needs a reason"):
         climb.override(model, made.version, FULL, "  ", CONSOLE)
+
+
+def test_what_a_person_writes_is_printed_as_it_was_written(
+    folder: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = _make(folder, model)
+    reason = "[bold]hotfix[/b] `12` {x}"
+    climb.override(model, made.version, QUICK, reason, CONSOLE)
+    actions.show_history(model, as_json=False)
+    assert "[bold]hotfix[/b]" in capsys.readouterr().out
+    actions.show_history(model, as_json=True)
+    assert json.loads(capsys.readouterr().out)[-1]["reason"] == reason
 
 
 def test_a_promotion_takes_the_place_of_an_override(folder: Path, model: str) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from svend.pipeline.config import GatesConfig
@@ -67,9 +68,9 @@ def show_history(model: str, *, as_json: bool) -> None:
     for move in history.moves:
         told = filter(None, (_summary(history.verdict(move)), move.reason))
         table.add_row(
-            str(move.number), move.at[:19].replace("T", " "), move.by,
+            str(move.number), move.at[:19].replace("T", " "), escape(move.by),
             move.level.value if move.level else "", move.former or "", move.version,
-            move.kind.value, "; ".join(told),
+            move.kind.value, escape("; ".join(told)),
             style="yellow" if move.kind is MoveKind.OVERRIDDEN else None,
         )
     console = make_console()
@@ -93,7 +94,7 @@ def audit(model: str | None, gates: GatesConfig, *, repair: bool, as_json: bool)
         return min(1, len(findings))
     for name, done in repaired.items():
         for line in done:
-            console.print(f"repaired {name}: {line}", soft_wrap=True)
+            console.print(f"repaired {name}: {line}", soft_wrap=True, markup=False)
     for finding in findings:
         where = finding.model + (f" version {finding.version}" if finding.version else "")
         where += f" {finding.level}" if finding.level else ""
@@ -119,7 +120,7 @@ def show_lineage(uri: str, *, as_json: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for what, value in lineage.facts:
-        table.add_row(what, value)
+        table.add_row(what, escape(value))
     make_console().print(table)
 
 
@@ -131,7 +132,7 @@ def _show_moved(model: str, moved: Sequence[Move]) -> None:
             None, move.version) else ""
         console.print(
             f"{model} version {move.version}: {move.kind.value}, {move.level.value}{former} "
-            f"(entry {move.number})", soft_wrap=True,
+            f"(entry {move.number})", soft_wrap=True, markup=False,
         )
     console.print(f"svend history {model} shows every move, svend audit checks them")
 
