@@ -156,7 +156,7 @@ def test_another_process_joins_and_a_second_parent_is_refused(workplace: Workpla
     wait_for_checkpoint_of_trial(workplace, sweep)
     second = workplace.run(asked)
     assert second.returncode == 1
-    assert "this sweep is being run by another process" in second.stdout.splitlines()[-1]
+    assert "study sweep-tiny: is being run by" in second.stdout.splitlines()[-1]
     joined = workplace.start([*asked, "--join"])
     output = sweep.communicate(timeout=240)[0]
     assert sweep.returncode == 0, output
