@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from svend.pipeline.sweep.study import Place
+from tests import test_sweep_claim, test_sweep_study
 from tests.conftest import ROOT, Workplace
 from tests.postgres import PostgresServer, requires_postgres
 from tests.test_sweep import (
@@ -161,3 +163,15 @@ def test_a_parent_elsewhere_takes_over_from_one_that_was_killed(
     assert check_runs(there, trials=4).info.status == "FINISHED"
     assert folder_of(there).exists()
     check_study(postgres)
+
+
+# The connections of this process end with it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_racing_workers_and_parents_are_kept_apart_by_the_database(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    place = Place("s", postgres.url("races"), tmp_path)
+    test_sweep_study.test_racing_workers_run_each_trial_once_and_no_more_than_wanted(place)
+    for _ in range(3):
+        test_sweep_claim.test_one_of_many_at_once_becomes_the_parent(place)
+    test_sweep_claim.test_a_parent_that_was_killed_is_succeeded_at_once_on_its_machine(place)

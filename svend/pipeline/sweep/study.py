@@ -8,11 +8,13 @@ MLflow run: what was trained until its last checkpoint is not trained again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,13 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from svend.errors import ConfigError, UserError
 from svend.pipeline.sweep.liveness import BEAT, WORKER, Watch, process_name
@@ -43,9 +51,12 @@ CONFIRMATION_SUFFIX = ".confirmation"
 # A database that restarts is waited for.
 OUTAGE_SECONDS = 120.0
 RETRY_SECONDS = 1.0
+AWAY = (OperationalError, InterfaceError, PendingRollbackError)
 DRIVERS = {"postgresql": "postgresql+psycopg"}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+# A lost connection is waited for, and told in one line if it does not come back.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -97,23 +108,36 @@ class Place:
 
 
 def _open_database(address: str) -> RDBStorage:
-    """Return a database as the storage, with connections that outlive its restart."""
+    """Return a database as the storage, whose restart is waited for."""
     url = sqlalchemy.make_url(address)
     url = url.set(drivername=DRIVERS.get(url.drivername, url.drivername))
     storage = RDBStorage(url.render_as_string(hide_password=False), {"pool_pre_ping": True})
+    for name in (*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial"):
+        setattr(storage, name, _patient(getattr(storage, name)))
+    return storage
 
-    @sqlalchemy.event.listens_for(storage.engine, "do_connect")
-    def connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:  # noqa: ARG001
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of the storage that is made again while the database is away.
+
+    Whether a call that was cut off has had its effect is not known. All may be made twice: those
+    that set something set the same, who closes a trial twice is told that it is closed, and a trial
+    that was taken unknown to its worker is silent, and so recovered.
+    """
+
+    @functools.wraps(call)
+    def call_again(*arguments: Any, **options: Any) -> Any:
         deadline_seconds = time.monotonic() + OUTAGE_SECONDS
         while True:
             try:
-                return dialect.connect(*arguments, **options)
-            except dialect.loaded_dbapi.OperationalError:
-                if time.monotonic() > deadline_seconds:
+                return call(*arguments, **options)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                away = isinstance(error.__cause__ or error, AWAY)
+                if not away or time.monotonic() > deadline_seconds:
                     raise
                 time.sleep(RETRY_SECONDS)
 
-    return storage
+    return call_again
 
 
 class SweepStudy:
