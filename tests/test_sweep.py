@@ -113,7 +113,8 @@ def test_a_sweep_survives_its_worker_and_ends_with_tables_plots_and_a_verdict(
     assert "(2.9B)" in told
     for key in ("training.learning_rate", "training.weight_decay"):
         assert f"│ {key} │" in told
-    assert "times the tokens to -0.3" in told
+    assert "Hyperparameters, carried from a sweep" in told
+    assert "times the batch to the power 0.5" in told
 
     trained = workplace.run(workplace.train_command(
         hparams="sweep-tiny", training__experiment_name="carried", training__max_steps="20",

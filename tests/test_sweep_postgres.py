@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from optuna.storages import RDBStorage
 
 from svend.pipeline.sweep.study import Place
 from tests import test_sweep_claim, test_sweep_study
@@ -165,13 +166,23 @@ def test_a_parent_elsewhere_takes_over_from_one_that_was_killed(
     check_study(postgres)
 
 
-# The connections of this process end with it.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_racing_workers_and_parents_are_kept_apart_by_the_database(
-    postgres: PostgresServer, tmp_path: Path
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened: list[RDBStorage] = []
+    really_open = Place.open
+
+    def open_and_keep(place: Place) -> RDBStorage:
+        storage = really_open(place)
+        assert isinstance(storage, RDBStorage)
+        opened.append(storage)
+        return storage
+
+    monkeypatch.setattr(Place, "open", open_and_keep)
     place = Place("s", postgres.url("races"), tmp_path)
     test_sweep_study.test_racing_workers_run_each_trial_once_and_no_more_than_wanted(place)
     for _ in range(3):
         test_sweep_claim.test_one_of_many_at_once_becomes_the_parent(place)
     test_sweep_claim.test_a_parent_that_was_killed_is_succeeded_at_once_on_its_machine(place)
+    for storage in opened:
+        storage.engine.dispose()
