@@ -207,10 +207,11 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Every trial that counts, in order: neither lost nor surplus."""
+        """Every trial that counts, in order: neither lost nor surplus, and its newest attempt."""
         lost = self._lost()
-        return [t for t in self.study.get_trials(deepcopy=False)
-                if t.number not in lost and not t.user_attrs.get(SURPLUS)]
+        newest = {origin_of(t): t for t in self.study.get_trials(deepcopy=False)
+                  if t.number not in lost and not t.user_attrs.get(SURPLUS)}
+        return sorted(newest.values(), key=lambda trial: trial.number)
 
     @property
     def finished(self) -> bool:

@@ -41,7 +41,7 @@ WAIT_SECONDS = 1.0
 LOSSES_FILE, CHECKPOINTS = "losses.jsonl", "checkpoints"
 DIVERGED = "diverged"
 LOST = "its worker was not heard of, and the trial was given to another"
-# Failures in a row, without one trial that ran, after which the sweep itself is wrong.
+# Failures of a worker, without one trial that ran, after which the sweep or the machine is wrong.
 FAILURES_TO_STOP = 3
 
 
@@ -69,6 +69,7 @@ class Worker:
         self._confirmation = SweepStudy.confirmation_of(place, sweep)
         self._parent_run_id = self._search.parent_run_id
         self._experiment = experiment_of(self._parent_run_id)
+        self._failures, self._has_run_one = 0, False
 
     def run(self) -> None:
         """Take trials, then reruns, until there are no more. Raises UserError if none can run."""
@@ -169,6 +170,7 @@ class Worker:
         study, trial, config = work.study, work.trial, work.config
         if error is not None:
             trial.set_user_attr(REASON, str(error))
+        self._has_run_one |= error is None or isinstance(error, TrialPruned | GateFailure)
         if isinstance(error, TrialPruned):
             study.tell(trial, state=TrialState.PRUNED)
             return
@@ -180,16 +182,12 @@ class Worker:
             study.tell(trial, math.log(config.model.vocab_size))
         elif error is not None:
             study.tell(trial, state=TrialState.FAIL)
-            self._stop_if_hopeless(study, error)
+            self._failures += 1
+            if self._failures >= FAILURES_TO_STOP and not self._has_run_one:
+                raise UserError(f"no trial runs here: {error}")
         else:
             trial.set_constraint(DIVERGED, -1.0)
             study.tell(trial, loss)
-
-    def _stop_if_hopeless(self, study: SweepStudy, reason: Exception) -> None:
-        ended = [t for t in study.trials if t.state.is_finished()]
-        failed = [t for t in ended if t.state is TrialState.FAIL]
-        if len(failed) >= FAILURES_TO_STOP and len(failed) == len(ended):
-            raise UserError(f"no trial runs: {reason}")
 
 
 class _Losses:
