@@ -34,6 +34,7 @@ examples:
   python -m svend train --data gsm8k --data.path ../gsm8k
   python -m svend train --resume
   python -m svend validate --scale small
+  python -m svend plan --scale xl --hparams hparams.yaml --training.max_steps 10000
 """
 EVALUATE_HELP = """\
 the settings are those that the version was trained with; any can be overridden, such as
@@ -120,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     train = _config_command(
         commands, "train", "train one scale as a tracked run",
         "Train one scale as a tracked run: plan, train, gate, save, register.",
+    )
+    _config_command(
+        commands, "plan", "print what a run would do, without doing it",
+        "Print the plan of a run: parameters, tokens, FLOPs, memory, and what becomes of a sweep's "
+        "values (--hparams FILE). No weights are made and nothing is measured; data are read only "
+        "where training.max_steps is not set.",
     )
     _config_command(
         commands, "validate", "try what breaks runs, before one begins",
@@ -321,6 +328,11 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
             # Below what is set by hand. By its address: a name may mean another result tomorrow.
             config = load_config(groups, [*begins_with, *found.settings(), *overrides,
                                           ("hparams", address)])
+        if known.command == "plan":
+            from svend.pipeline.preview import preview_run
+
+            preview_run(config)
+            return 0
         runner = PipelineRunner(config)
     except UserError as error:
         _end_joined_run(error)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svend.cli import main
 from svend.errors import ConfigError
 from svend.pipeline.config import Parametrisation, PipelineConfig, load_config
 from svend.pipeline.hyperparameters import (
@@ -19,6 +20,7 @@ from svend.pipeline.hyperparameters import (
     fetch_hyperparameters,
     read_hyperparameters,
 )
+from tests.conftest import DEBUG_OVERRIDES
 
 VALUES = {
     "training.learning_rate": 4e-3, "training.weight_decay": 0.2, "training.adam_beta2": 0.95,
@@ -138,3 +140,44 @@ def test_values_that_are_nowhere_in_the_config_are_not_silently_left_out() -> No
     ))
     with pytest.raises(ConfigError, match="none of its values is in the configuration"):
         carry(found(), bare, STEPS)
+
+
+def test_the_plan_of_a_scale_of_billions_needs_no_weights_no_data_and_no_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hparams.yaml").write_text(found().to_yaml())
+    assert main(["plan", "--scale", "xl", "--hparams", "hparams.yaml", "--training.max_steps",
+                 "10000", "--training.weight_decay", "0.07"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(2.9B)" in told
+    assert "10,000 of 131,072 tokens" in told
+    assert "CompleteP, base 256 wide" in told
+    for key, value in VALUES.items():
+        assert f"│ {key} │ {value:.4g} │" in told
+    for why in ("set by hand", "as it was found", "times the batch to the power 0.5",
+                "completep: the rates of hidden matrices follow, from base 256"):
+        assert why in told
+    assert [path.name for path in tmp_path.iterdir()] == ["hparams.yaml"]
+
+
+def test_a_plan_refuses_what_a_run_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "hparams.yaml"
+    path.write_text(found("standard").to_yaml())
+    assert main(["plan", "--scale", "xl", "--hparams", str(path),
+                 "--training.max_steps", "100"]) == 1
+    assert "holds at no other shape" in capsys.readouterr().err
+
+
+def test_steps_are_counted_on_the_data_where_they_are_not_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {**DEBUG_OVERRIDES, "data.cache_dir": str(tmp_path / "cache")}
+    del overrides["training.max_steps"]
+    assert main(["plan", *(w for k, v in overrides.items() for w in (f"--{k}", v))]) == 0
+    told = capsys.readouterr().out
+    assert "steps" in told
+    assert "time " in told
+    assert "not measured" in told

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from svend.cli import main
 from tests.conftest import Workplace
 
 SETTINGS = {
@@ -81,7 +82,7 @@ def check_runs(workplace: Workplace, trials: int) -> Run:
 
 @pytest.mark.slow
 def test_a_sweep_survives_its_worker_and_ends_with_tables_plots_and_a_verdict(
-    workplace: Workplace,
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # So short a sweep is noisy: what is tried here is that a result that passes is carried.
     sweep = workplace.start(command(
@@ -105,6 +106,16 @@ def test_a_sweep_survives_its_worker_and_ends_with_tables_plots_and_a_verdict(
     )} <= kept
     # No trial leaves its weights behind.
     assert not list(folder_of(workplace).glob("trials/*/checkpoints/*"))
+
+    found = Path(parent.info.artifact_uri) / "hparams.yaml"
+    assert main(["plan", "--scale", "xl", "--hparams", str(found),
+                 "--training.max_steps", "10000"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(2.9B)" in told
+    for key in ("training.learning_rate", "training.weight_decay"):
+        assert f"│ {key} │" in told
+    assert "Hyperparameters, carried from a sweep" in told
+    assert "times the batch to the power 0.5" in told
 
     trained = workplace.run(workplace.train_command(
         hparams="sweep-tiny", training__experiment_name="carried", training__max_steps="20",
@@ -157,7 +168,7 @@ def test_another_process_joins_and_a_second_parent_is_refused(workplace: Workpla
     wait_for_checkpoint_of_trial(workplace, sweep)
     second = workplace.run(asked)
     assert second.returncode == 1
-    assert "this sweep is being run by another process" in second.stdout.splitlines()[-1]
+    assert "study sweep-tiny: is being run by" in second.stdout.splitlines()[-1]
     joined = workplace.start([*asked, "--join"])
     output = sweep.communicate(timeout=240)[0]
     assert sweep.returncode == 0, output

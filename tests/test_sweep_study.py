@@ -33,9 +33,9 @@ import sys, time
 from pathlib import Path
 from svend.pipeline.sweep.options import load_sweep
 from svend.pipeline.sweep.study import Place, SweepStudy, origin_of, suggest
-folder, number, wanted, seconds = Path(sys.argv[1]), *map(float, sys.argv[2:])
+number, wanted, seconds = map(float, sys.argv[2:])
 sweep = load_sweep("minute", {"scale": "tiny"}, [])
-study = SweepStudy.join(Place("s", str(folder / "s.journal"), folder), sweep, int(number))
+study = SweepStudy.join(Place("s", sys.argv[1], Path(".")), sweep, int(number))
 while len([t for t in study.trials if t.state.is_finished()]) < wanted:
     trial = study.claim(int(wanted))
     if trial is None:
@@ -56,7 +56,7 @@ def place(tmp_path: Path) -> Place:
 
 def start(place: Place, number: int, wanted: int, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(place.folder), str(number), str(wanted), str(seconds)],
+        [sys.executable, "-c", WORKER, place.storage, str(number), str(wanted), str(seconds)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
@@ -154,11 +154,40 @@ def test_storages_that_lose_trials_or_cannot_be_reached_are_refused(tmp_path: Pa
         Place("s", f"sqlite:///{tmp_path}/s.db", tmp_path).open()
     with pytest.raises(UserError, match="storage postgresql"):
         Place("s", "postgresql://nobody@127.0.0.1:1/none", tmp_path).open()
+    with pytest.raises(UserError) as caught:
+        Place("s", "postgresql://nobody:secret@127.0.0.1:1/none", tmp_path).open()
+    assert "secret" not in str(caught.value)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="storage"):
         Place("s", str(tmp_path / "file" / "s.journal"), tmp_path).open()
     with pytest.raises(UserError, match="begin it with svend sweep without --join"):
         SweepStudy.join(Place("s", str(tmp_path / "new.journal"), tmp_path), SWEEP, 0)
+
+
+def test_a_missing_driver_is_named_with_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"its driver is missing; pip install 'svend.postgres.'"):
+        Place("s", "postgresql://nobody@127.0.0.1:1/none", tmp_path).open()
+    with pytest.raises(UserError, match=r"its driver is missing; install it .*MySQLdb"):
+        Place("s", "mysql://nobody@127.0.0.1:1/none", tmp_path).open()
+
+
+def test_a_worker_that_was_taken_for_dead_changes_nothing_more(place: Place) -> None:
+    study = SweepStudy.create(place, SWEEP)
+    trial = study.claim(1)
+    assert trial is not None
+    assert study.holds(trial)
+    study.release(trial)  # what the parent does
+    assert not study.holds(trial)
+    study.tell(trial, 0.5)
+    assert study.claim(1) is None  # nor is there room for one more meanwhile
+    assert study.recover() == ["trial-0"]
+    again = study.claim(1)
+    assert again is not None
+    study.tell(again, 1.0)
+    assert [t.value for t in study.trials] == [1.0]
 
 
 def test_a_silent_worker_of_another_machine_is_dead_after_a_while(
@@ -168,6 +197,17 @@ def test_a_silent_worker_of_another_machine_is_dead_after_a_while(
     trial = study.claim(1)
     assert trial is not None
     trial.set_user_attr("worker", "elsewhere:1:0.00")
-    assert study.recover() == []
-    trial.set_user_attr("beat_seconds", time.time() - 1000)
-    assert study.recover() == ["trial-0"]
+    clock = [0.0]
+    monkeypatch.setattr("svend.pipeline.sweep.liveness.time.monotonic", lambda: clock[0])
+
+    def recovered_after(seconds: float) -> list[str]:
+        clock[0] += seconds
+        return study.recover()
+
+    # Its clock may be wrong: that it says something new is what counts.
+    for beat in (time.time() - 10_000, time.time() + 10_000):
+        trial.set_user_attr("beat_seconds", beat)
+        assert [recovered_after(50) for _ in range(3)] == [[], [], []]
+    # Nor is it dead because nobody looked.
+    assert recovered_after(10_000) == []
+    assert recovered_after(60) == ["trial-0"]

@@ -144,7 +144,7 @@ def prepare_job(
         folder.check_machine(corpus.fingerprint, device.type)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.seed)
-    total_steps = training.max_steps or _steps_over(sequences, training)
+    total_steps = training.max_steps or steps_over(sequences, training)
     training, carried = carry(found, config, total_steps) if found else (training, [])
     config = replace(config, training=training)
     plan = plan_run(
@@ -208,7 +208,8 @@ def _mirror_to_wandb(tracked: TrackedRun, config: PipelineConfig, console: Conso
         console.print(f"W&B: {place}", soft_wrap=True)
 
 
-def _steps_over(sequences: PackedSequences, training: TrainingConfig) -> int:
+def steps_over(sequences: PackedSequences, training: TrainingConfig) -> int:
+    """Return the steps that the wanted epochs over the data take."""
     sequences_per_step = training.batch_size * training.gradient_accumulation_steps
     return math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
 

@@ -23,10 +23,13 @@ from svend.pipeline.hyperparameters import Carried
 from svend.pipeline.infrastructure import CheckResult
 from svend.pipeline.progress import TerminalBar
 from svend.pipeline.validation import Decision
-from svend.planning.plan import RunPlan
+from svend.planning.memory import MemoryPlan
+from svend.planning.plan import RunPlan, RunSize
 from svend.tracking.registry import RegisteredVersion
 
 PLAIN_LINE_SECONDS = 10.0
+# For a time that a person can scale to a device of their own.
+EXAMPLE_FLOPS = 1e14
 
 
 def make_console() -> Console:
@@ -45,17 +48,9 @@ def show_plan(
     carried: Sequence[Carried] = (),
 ) -> None:
     """Print what the run will do and cost, before it does."""
-    model, training = config.model, config.training
-    assert model is not None  # set by PipelineConfig.resolve
-    data, memory = training.data, plan.memory
-    gb = 1e9
+    training, memory = config.training, plan.memory
     compiled = "compiled blocks" if plan.compile else "not compiled"
-    table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
-    table.add_row("parameters", f"{plan.parameters:,} ({format_count(plan.parameters)})")
-    table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
+    table = _plan_table(config, plan)
     table.add_row(
         "",
         f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents, "
@@ -71,31 +66,15 @@ def show_plan(
         "that share text with an evaluation set": sum(c.leaked_documents for c in corpus.counts),
         "that repeat another": sum(c.duplicate_documents for c in corpus.counts),
         "that are broken": sum(c.dropped_rows for c in corpus.counts),
-        f"longer than {data.max_seq_length} tokens": sequences.dropped_documents,
+        f"longer than {training.data.max_seq_length} tokens": sequences.dropped_documents,
     }
     for reason, count in left_out.items():
         if count:
             table.add_row("", f"{count:,} documents left out {reason}")
-    table.add_row(
-        "steps",
-        f"{plan.total_steps:,} of {plan.tokens_per_step:,} tokens "
-        f"({training.batch_size} x {training.gradient_accumulation_steps} sequences "
-        f"of {data.max_seq_length})",
-    )
-    table.add_row("tokens", f"{plan.tokens:,}")
-    if training.parametrisation is Parametrisation.COMPLETEP:
-        table.add_row(
-            "parametrisation",
-            f"CompleteP, base {training.base_width} wide, {training.base_depth} deep, heads of "
-            f"{training.base_head_size}",
-        )
-    table.add_row("FLOPs", f"{plan.flops:.2e} ({plan.flops_per_token:.2e} per token)")
+    _add_size(table, config, plan)
     table.add_row("device", f"{device}; {training.precision.value}, {compiled}")
     table.add_row("matrix peak", f"{plan.peak_flops / 1e9:,.0f} GFLOP/s, measured just now")
-    table.add_row(
-        "peak memory",
-        f"about {memory.total / gb:.1f} GB of {plan.available_bytes / gb:.1f} GB available",
-    )
+    table.add_row("peak memory", _memory_text(memory, plan.available_bytes))
     table.add_row("time", f"about {format_seconds(plan.seconds)}")
     meanwhile = "while training goes on" if plan.saves_in_background else (
         "while training waits, for memory is short"
@@ -104,6 +83,65 @@ def show_plan(
     console.print(table)
     if carried:
         console.print(hyperparameters_table(carried))
+
+
+def show_preview(
+    console: Console,
+    config: PipelineConfig,
+    size: RunSize,
+    memory: MemoryPlan,
+    available_bytes: int,
+    device: str,
+    carried: Sequence[Carried],
+) -> None:
+    """Print what of a run's plan is known where nothing is measured."""
+    table = _plan_table(config, size)
+    _add_size(table, config, size)
+    table.add_row("device", f"{device}; {config.training.precision.value}")
+    fits = "" if memory.total <= available_bytes else ": does not fit here"
+    table.add_row("peak memory", _memory_text(memory, available_bytes) + fits)
+    table.add_row(
+        "time", f"not measured; {format_seconds(size.flops / EXAMPLE_FLOPS)} at "
+        f"{EXAMPLE_FLOPS / 1e12:g} TFLOP/s sustained",
+    )
+    console.print(table)
+    if carried:
+        console.print(hyperparameters_table(carried))
+
+
+def _plan_table(config: PipelineConfig, size: RunSize) -> Table:
+    model, training = config.model, config.training
+    assert model is not None  # set by PipelineConfig.resolve
+    data = training.data
+    table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
+    table.add_row("parameters", f"{size.parameters:,} ({format_count(size.parameters)})")
+    table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
+    return table
+
+
+def _add_size(table: Table, config: PipelineConfig, size: RunSize) -> None:
+    training = config.training
+    table.add_row(
+        "steps",
+        f"{size.total_steps:,} of {size.tokens_per_step:,} tokens "
+        f"({training.batch_size} x {training.gradient_accumulation_steps} sequences "
+        f"of {training.data.max_seq_length})",
+    )
+    table.add_row("tokens", f"{size.tokens:,}")
+    if training.parametrisation is Parametrisation.COMPLETEP:
+        table.add_row(
+            "parametrisation",
+            f"CompleteP, base {training.base_width} wide, {training.base_depth} deep, heads of "
+            f"{training.base_head_size}",
+        )
+    table.add_row("FLOPs", f"{size.flops:.2e} ({size.flops_per_token:.2e} per token)")
+
+
+def _memory_text(memory: MemoryPlan, available_bytes: int) -> str:
+    return f"about {memory.total / 1e9:.1f} GB of {available_bytes / 1e9:.1f} GB available"
 
 
 def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:

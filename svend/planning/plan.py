@@ -22,19 +22,13 @@ COMPILED_SHARE = {"cpu": 0.7, "cuda": 0.7}
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """Figures of a run before step 1. Times are predicted from measurements on this machine."""
+class RunSize:
+    """What a run is to do, whatever the machine."""
 
     parameters: int
     total_steps: int
     tokens_per_step: int
     flops_per_token: int
-    peak_flops: float
-    memory: MemoryPlan
-    available_bytes: int
-    seconds: float
-    compile: bool
-    saves_in_background: bool
 
     @property
     def tokens(self) -> int:
@@ -45,6 +39,37 @@ class RunPlan:
         return float(self.tokens) * self.flops_per_token
 
 
+@dataclass(frozen=True)
+class RunPlan(RunSize):
+    """Figures of a run before step 1. Times are predicted from measurements on this machine."""
+
+    peak_flops: float
+    memory: MemoryPlan
+    available_bytes: int
+    seconds: float
+    compile: bool
+    saves_in_background: bool
+
+
+def size_run(training: TrainingConfig, model: ModelConfig, total_steps: int) -> RunSize:
+    """Return what a run of so many steps is to do."""
+    length = training.data.max_seq_length
+    assert length is not None  # set by PipelineConfig.resolve
+    return RunSize(
+        parameters=model.num_parameters(),
+        total_steps=total_steps,
+        tokens_per_step=training.gradient_accumulation_steps * training.batch_size * length,
+        flops_per_token=train_flops_per_token(model, length),
+    )
+
+
+def predict_memory_on(
+    model: ModelConfig, training: TrainingConfig, device: torch.device
+) -> MemoryPlan:
+    """Predict the peak memory of a run on a device, whether or not it fits."""
+    return predict_memory(model, training, _held_bytes(device))
+
+
 def check_memory(
     model: ModelConfig, training: TrainingConfig, device: torch.device
 ) -> tuple[MemoryPlan, int]:
@@ -52,8 +77,8 @@ def check_memory(
 
     On CPU the copy that is saved while training goes on is counted where there is room for it.
     """
-    held = psutil.Process().memory_info().rss if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    memory = predict_memory(model, training, held)
+    held = _held_bytes(device)
+    memory = predict_memory_on(model, training, device)
     available = available_bytes(device)
     if memory.total > available:
         leanest = replace(training, batch_size=1, gradient_checkpointing=True)
@@ -90,7 +115,6 @@ def plan_run(
     peak_flops = measure_matmul_peak(training.precision, device)
     micro_seconds, update_seconds = measure_micro_batch_seconds(model, training, device)
     accumulation = training.gradient_accumulation_steps
-    tokens_per_step = accumulation * training.batch_size * length
     seconds = total_steps * (accumulation * micro_seconds + update_seconds)
     evaluations = -(-total_steps // training.save_steps)
     forward_share = forward_flops_per_token(model, length) / train_flops_per_token(model, length)
@@ -101,10 +125,7 @@ def plan_run(
     if compile_blocks is None:
         compile_blocks = _decide_compile(training, compiled_seconds < seconds, device)
     return RunPlan(
-        parameters=model.num_parameters(),
-        total_steps=total_steps,
-        tokens_per_step=tokens_per_step,
-        flops_per_token=train_flops_per_token(model, length),
+        **vars(size_run(training, model, total_steps)),
         peak_flops=peak_flops,
         memory=memory[0],
         available_bytes=memory[1],
@@ -126,6 +147,12 @@ def _decide_compile(training: TrainingConfig, earns: bool, device: torch.device)
     if training.compile is Compile.AUTO:
         return compilable and earns
     return training.compile is Compile.ON
+
+
+def _held_bytes(device: torch.device) -> int:
+    """Return what a process holds before the model is there."""
+    on_cpu = device.type == "cpu"
+    return int(psutil.Process().memory_info().rss) if on_cpu else CUDA_CONTEXT_BYTES
 
 
 def _state_bytes(memory: MemoryPlan) -> int:

@@ -190,6 +190,10 @@ class TrackedRun:
                 unsent = self._mirror.end(int(status != "FINISHED"))
         return unsent
 
+    def leave(self) -> None:
+        """Stop writing to the run, which another process goes on with, and leave it as it is."""
+        mlflow.end_run(str(self._client.get_run(self.run_id).info.status))
+
 
 def fetch_artifact(uri: str, folder: Path) -> Path:
     """Copy an artifact (runs:/ID/NAME) into a folder. Raises TrackingError if there is none."""
@@ -271,8 +275,21 @@ def experiment_of(run_id: str) -> str:
     return str(client.get_experiment(experiment_id).name)
 
 
-def end_orphans(parent_run_id: str, living: Collection[str], reason: str) -> None:
-    """End as KILLED the runs below a parent that still run, but for the living ones."""
+def end_abandoned(run_id: str, reason: str) -> None:
+    """End as KILLED a run whose process is gone, unless it has ended."""
+    client = MlflowClient()
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_tag(run_id, REASON_TAG, reason)
+        client.set_terminated(run_id, "KILLED")
+
+
+def end_orphans(
+    parent_run_id: str, living: Collection[str], beginning: Collection[str], reason: str
+) -> None:
+    """End as KILLED the runs below a parent that still run.
+
+    living: the ids of those to leave alone. beginning: names, where the id is not known yet.
+    """
     client = MlflowClient()
     experiment_id = client.get_run(parent_run_id).info.experiment_id
     below = client.search_runs(
@@ -280,9 +297,8 @@ def end_orphans(parent_run_id: str, living: Collection[str], reason: str) -> Non
         f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'",
     )
     for run in below:
-        if run.info.run_id not in living:
-            client.set_tag(run.info.run_id, REASON_TAG, reason)
-            client.set_terminated(run.info.run_id, "KILLED")
+        if run.info.run_id not in living and run.info.run_name not in beginning:
+            end_abandoned(run.info.run_id, reason)
 
 
 def joined_experiment_name() -> str | None:

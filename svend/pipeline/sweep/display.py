@@ -54,7 +54,7 @@ def show_plan(console: Console, sweep: Sweep, place: Place) -> None:
     table.add_row("confirmation", f"{reruns} reruns of the best {confirm.top} and the default, at "
                                   f"most {format_seconds(reruns * plan.seconds)}")
     table.add_row("workers", f"{settings.workers} here; more join with --join")
-    table.add_row("kept in", f"{place.storage}")
+    table.add_row("kept in", place.shown)
     console.print(table)
 
 

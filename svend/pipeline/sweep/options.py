@@ -56,7 +56,10 @@ class Confirmation:
 
 @dataclass(kw_only=True)
 class SweepConfig:
-    """A sweep but for its space. `steps` and what stands in steps are optimizer steps."""
+    """A sweep but for its space. `steps` and what stands in steps are optimizer steps.
+
+    silence_seconds: without a heartbeat, after which a process of another machine counts as dead.
+    """
 
     sampler: Sampler
     grid_points: int
@@ -68,6 +71,7 @@ class SweepConfig:
     steps: int
     report_steps: int
     seed: int
+    silence_seconds: float
     confirm: Confirmation
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -80,6 +84,8 @@ class SweepConfig:
         _require(0 <= self.prune_from < 1, "prune_from", self.prune_from, "at least 0, below 1")
         _require(self.reduction >= 2, "reduction", self.reduction, "at least 2")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2^31")
+        _require(math.isfinite(self.silence_seconds) and self.silence_seconds > 0,
+                 "silence_seconds", self.silence_seconds, "above 0")
         confirm = self.confirm
         _require(confirm.top >= 0, "confirm.top", confirm.top, "at least 0; 0 confirms nothing")
         _require(confirm.seeds >= 2, "confirm.seeds", confirm.seeds,
@@ -199,7 +205,8 @@ class Sweep:
         Where things lie is no part of it: a worker of another machine has other folders.
         """
         config = to_tree(self.config)
-        for name in ("trials", "workers", "confirm"):  # a study may be given more of these
+        # A study may be given more of these.
+        for name in ("trials", "workers", "confirm", "silence_seconds"):
             del config[name]
         return json.dumps(
             {"space": {d.key: d.describe() for d in self.space}, "groups": self.groups,

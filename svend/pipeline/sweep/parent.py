@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from svend.errors import Interrupted, UserError
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.report import make_console, show_next_steps
+from svend.pipeline.sweep.claim import ParentClaim, TakenOver
 from svend.pipeline.sweep.confirmation import (
     DOUBLE_RATE,
     LEARNING_RATE,
@@ -31,14 +30,24 @@ from svend.pipeline.sweep.confirmation import (
     winner_of,
 )
 from svend.pipeline.sweep.display import SweepProgress, show_plan
+from svend.pipeline.sweep.liveness import LOOKS_IN_SILENCE
 from svend.pipeline.sweep.options import Sampler, Sweep
 from svend.pipeline.sweep.processes import WorkerProcesses
 from svend.pipeline.sweep.report import record_sweep, rules_table, trials_table
-from svend.pipeline.sweep.study import FINISHED, PARENT_RUN, RUN, TASK, Place, SweepStudy
+from svend.pipeline.sweep.study import (
+    ABANDONED,
+    FINISHED,
+    PARENT_RUN,
+    RUN,
+    TASK,
+    Place,
+    SweepStudy,
+    name_of,
+)
 from svend.tracking.run import TrackedRun, end_orphans, environment_tags, joined_experiment_name
 
 POLL_SECONDS = 0.5
-LOOK_SECONDS = 60.0
+LOOK_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,22 @@ def run_sweep(sweep: Sweep, place: Place, worker_command: Sequence[str]) -> Swee
     """
     console = make_console()
     config = sweep.trial_config({})
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with _Lock(place.folder / ".lock"), StopSignals() as signals:
+    claim = ParentClaim(place, sweep.config.silence_seconds, console.print)
+    with place.in_use(), StopSignals() as signals, claim:
+        place.folder.mkdir(parents=True, exist_ok=True)
         with signals.deferred():
             search = SweepStudy.create(place, sweep)
             tracked = _track(config, search, place)
-        status, reason = "FINISHED", None
+        status: str | None = "FINISHED"
+        reason = None
         try:
-            parent = _Parent(sweep, place, search, tracked, console, signals, worker_command)
+            parent = _Parent(
+                sweep, place, claim, search, tracked, console, signals, worker_command
+            )
             return parent.run()
+        except TakenOver:
+            status = None
+            raise
         except UserError as error:
             status, reason = "FAILED", str(error)
             raise
@@ -96,20 +112,25 @@ def run_sweep(sweep: Sweep, place: Place, worker_command: Sequence[str]) -> Swee
             status, reason = "FAILED", f"{type(error).__name__}: {error}"
             raise
         finally:
-            tracked.end(status, reason)
+            if status is None:
+                tracked.leave()
+            else:
+                tracked.end(status, reason)
 
 
 class _Parent:
     """What the parent works with, and the order of what it does."""
 
     def __init__(
-        self, sweep: Sweep, place: Place, search: SweepStudy, tracked: TrackedRun,
-        console: Console, signals: StopSignals, worker_command: Sequence[str],
+        self, sweep: Sweep, place: Place, claim: ParentClaim, search: SweepStudy,
+        tracked: TrackedRun, console: Console, signals: StopSignals,
+        worker_command: Sequence[str],
     ) -> None:
         self._sweep = sweep
         self._place = place
+        self._claim = claim
         self._search = search
-        self._confirmation = SweepStudy.confirmation_of(place)
+        self._confirmation = SweepStudy.confirmation_of(place, sweep)
         self._tracked = tracked
         self._console = console
         self._signals = signals
@@ -169,6 +190,7 @@ class _Parent:
         """Show trials as they end, until so many have; replace dead workers."""
         progress = SweepProgress(self._console, what, wanted, look)
         looked_seconds = time.monotonic()
+        pause_seconds = min(LOOK_SECONDS, self._sweep.config.silence_seconds / LOOKS_IN_SILENCE)
         with progress:
             while not progress.update():
                 if self._signals.requested is not None:
@@ -176,46 +198,28 @@ class _Parent:
                         f"interrupted by {self._signals.requested.name} with {progress.ended} of "
                         f"{wanted} {what}, kept; the same command goes on"
                     )
+                if self._claim.lost:
+                    self._claim.confirm()
                 # Workers of other machines die unseen.
-                silent = time.monotonic() - looked_seconds > LOOK_SECONDS
-                if self._workers.replace_dead() or silent:
+                due = time.monotonic() - looked_seconds > pause_seconds
+                if self._workers.replace_dead() or due:
                     self._recover()
                     looked_seconds = time.monotonic()
                 time.sleep(POLL_SECONDS)
 
     def _recover(self) -> None:
         """Put lost trials in line again, and end the runs that nobody continues."""
-        living = set()
+        self._claim.confirm()
+        living, beginning = set(), set()
         for study in (self._search, self._confirmation):
             again = study.recover()
             if again:
                 self._console.print(f"in line again, lost with their worker: {', '.join(again)}")
-            living |= {
-                str(t.user_attrs[RUN]) for t in study.trials
-                if RUN in t.user_attrs and not t.state.is_finished()
-            }
-        end_orphans(self._tracked.run_id, living, "its worker died before its first checkpoint")
-
-
-class _Lock:
-    """Keeps a second parent of the same sweep out, until this process ends, however it ends."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise UserError(
-                f"{self._path.parent}: this sweep is being run by another process; wait for it, "
-                "stop it, or add workers to it with --join"
-            ) from None
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+            unfinished = [t for t in study.trials if not t.state.is_finished()]
+            living |= {str(t.user_attrs[RUN]) for t in unfinished if RUN in t.user_attrs}
+            # A worker begins a run before it can say which.
+            beginning |= {name_of(t) for t in unfinished if t.state is TrialState.RUNNING}
+        end_orphans(self._tracked.run_id, living, beginning, ABANDONED)
 
 
 def _track(config: PipelineConfig, search: SweepStudy, place: Place) -> TrackedRun:

@@ -1,4 +1,4 @@
-"""The study: which trials there are, who runs them, and which of them were lost with their worker.
+"""The study: which trials there are, and which of them were lost with their worker.
 
 Trials are claimed by Optuna's own step from waiting to running, which one worker alone can take. A
 trial whose worker died is closed as lost and put in line again, with its values, its number and its
@@ -7,41 +7,56 @@ MLflow run: what was trained until its last checkpoint is not trained again.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import math
-import os
-import socket
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import psutil
-from optuna.exceptions import OptunaError
+import sqlalchemy
+from optuna.exceptions import OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from svend.errors import ConfigError, UserError
+from svend.pipeline.sweep.liveness import BEAT, WORKER, Watch, process_name
 from svend.pipeline.sweep.options import Dimension, Pruner, Sampler, Sweep, Value
 
 DEFINITION, FINISHED, PARENT_RUN = "svend.definition", "svend.finished", "svend.parent_run"
 LOST = "svend.lost."  # and the number of a trial
 # What a trial carries.
-WORKER, BEAT, IN_LINE, ORIGIN, RUN, SURPLUS, TASK, REASON = (
-    "worker", "beat_seconds", "in_line", "origin", "run_id", "surplus", "task", "reason"
+IN_LINE, ORIGIN, RUN, SURPLUS, TASK, REASON = (
+    "in_line", "origin", "run_id", "surplus", "task", "reason"
 )
-# A worker of another machine that has not been heard of for so long is taken for dead.
-SILENCE_SECONDS = 180.0
+# Why a run below the parent was ended by another process.
+ABANDONED = "its worker died, and its trial was run again from the beginning"
 CONFIRMATION_SUFFIX = ".confirmation"
+# A database that restarts is waited for.
+OUTAGE_SECONDS = 120.0
+RETRY_SECONDS = 1.0
+AWAY = (OperationalError, InterfaceError, PendingRollbackError)
+DRIVERS = {"postgresql": "postgresql+psycopg"}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+# A lost connection is waited for, and told in one line if it does not come back.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -52,27 +67,85 @@ class Place:
     storage: str
     folder: Path
 
+    @property
+    def shown(self) -> str:
+        """The storage as it may be printed: without a password."""
+        try:
+            return sqlalchemy.make_url(self.storage).render_as_string()
+        except ArgumentError:
+            return self.storage  # a file
+
     def open(self) -> BaseStorage:
         """Return the storage. Raises UserError, in one line, if it cannot be used."""
         if self.storage.startswith("sqlite"):
             raise ConfigError(
-                f"storage = {self.storage}: workers of SQLite run the same trial twice; leave it "
+                f"storage = {self.shown}: workers of SQLite run the same trial twice; leave it "
                 "out for a journal file, or give postgresql://... or mysql://..."
             )
         try:
             if "://" in self.storage:
-                return RDBStorage(self.storage)
+                return _open_database(self.storage)
             Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(self.storage))
-        except (ImportError, OSError, SQLAlchemyError, OptunaError) as error:
-            raise UserError(f"storage {self.storage}: {_one_line(error)}") from None
+        except ImportError as error:
+            install = "pip install 'svend[postgres]'" if "psycopg" in str(error.__cause__) else (
+                f"install it ({error.__cause__ or error})"
+            )
+            raise UserError(f"storage {self.shown}: its driver is missing; {install}") from None
+        except (OSError, SQLAlchemyError, OptunaError) as error:
+            raise UserError(f"storage {self.shown}: {_one_line(error)}") from None
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within, a storage that goes away is told in one line."""
+        try:
+            yield
+        except (StorageInternalError, SQLAlchemyError) as error:
+            raise UserError(
+                f"storage {self.shown}: {_one_line(error.__cause__ or error)}; what was done is "
+                "kept, and the same command goes on once the storage is back"
+            ) from None
+
+
+def _open_database(address: str) -> RDBStorage:
+    """Return a database as the storage, whose restart is waited for."""
+    url = sqlalchemy.make_url(address)
+    url = url.set(drivername=DRIVERS.get(url.drivername, url.drivername))
+    storage = RDBStorage(url.render_as_string(hide_password=False), {"pool_pre_ping": True})
+    for name in (*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial"):
+        setattr(storage, name, _patient(getattr(storage, name)))
+    return storage
+
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of the storage that is made again while the database is away.
+
+    Whether a call that was cut off has had its effect is not known. All may be made twice: those
+    that set something set the same, who closes a trial twice is told that it is closed, and a trial
+    that was taken unknown to its worker is silent, and so recovered.
+    """
+
+    @functools.wraps(call)
+    def call_again(*arguments: Any, **options: Any) -> Any:
+        deadline_seconds = time.monotonic() + OUTAGE_SECONDS
+        while True:
+            try:
+                return call(*arguments, **options)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                away = isinstance(error.__cause__ or error, AWAY)
+                if not away or time.monotonic() > deadline_seconds:
+                    raise
+                time.sleep(RETRY_SECONDS)
+
+    return call_again
 
 
 class SweepStudy:
     """A study as the sweep uses it."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, sweep: Sweep) -> None:
         self.study = study
+        self._watch = Watch(sweep.config.silence_seconds)
 
     @classmethod
     def create(cls, place: Place, sweep: Sweep) -> SweepStudy:
@@ -89,7 +162,7 @@ class SweepStudy:
         told = study.user_attrs.get(DEFINITION)
         if told is None and place.study in names and study.get_trials(deepcopy=False):
             raise UserError(
-                f"study {place.study}: {place.storage} has one of that name that is no sweep of "
+                f"study {place.study}: {place.shown} has one of that name that is no sweep of "
                 "Svend; give the sweep another name with --name, or another storage"
             )
         if told is None:
@@ -99,7 +172,7 @@ class SweepStudy:
                 f"study {place.study}: {_first_difference(told, definition)}; go on with what it "
                 "was, or give the sweep another name with --name"
             )
-        return cls(study)
+        return cls(study, sweep)
 
     @classmethod
     def join(cls, place: Place, sweep: Sweep, worker: int) -> SweepStudy:
@@ -108,7 +181,7 @@ class SweepStudy:
             study = optuna.load_study(study_name=place.study, storage=place.open())
         except KeyError:
             raise UserError(
-                f"study {place.study}: not in {place.storage}; begin it with svend sweep without "
+                f"study {place.study}: not in {place.shown}; begin it with svend sweep without "
                 "--join, or check --name and --storage"
             ) from None
         if study.user_attrs.get(DEFINITION) != sweep.definition():
@@ -121,23 +194,24 @@ class SweepStudy:
         seed = np.random.SeedSequence([sweep.config.seed, worker, len(study.trials)])
         study.sampler = make_sampler(sweep, int(seed.generate_state(1)[0]))
         study.pruner = make_pruner(sweep)
-        return cls(study)
+        return cls(study, sweep)
 
     @classmethod
-    def confirmation_of(cls, place: Place) -> SweepStudy:
+    def confirmation_of(cls, place: Place, sweep: Sweep) -> SweepStudy:
         """Return the study of reruns that belongs to a sweep, made if need be."""
         return cls(optuna.create_study(
             storage=place.open(), study_name=place.study + CONFIRMATION_SUFFIX,
             direction="minimize", load_if_exists=True, sampler=RandomSampler(seed=0),
             pruner=optuna.pruners.NopPruner(),
-        ))
+        ), sweep)
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Every trial that counts, in order: neither lost nor surplus."""
+        """Every trial that counts, in order: neither lost nor surplus, and its newest attempt."""
         lost = self._lost()
-        return [t for t in self.study.get_trials(deepcopy=False)
-                if t.number not in lost and not t.user_attrs.get(SURPLUS)]
+        newest = {origin_of(t): t for t in self.study.get_trials(deepcopy=False)
+                  if t.number not in lost and not t.user_attrs.get(SURPLUS)}
+        return sorted(newest.values(), key=lambda trial: trial.number)
 
     @property
     def finished(self) -> bool:
@@ -157,49 +231,63 @@ class SweepStudy:
 
         wanted: how many trials there are to be in all; 0 where only those in line are.
         """
-        counted = self.trials
-        waiting = any(t.state is TrialState.WAITING for t in counted)
-        if not waiting and len(counted) >= wanted:
+        if not any(t.state is TrialState.WAITING for t in self.trials) and (
+            self._begun(math.inf) >= wanted
+        ):
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self.study.ask()
-        before = sum(t.number < trial.number for t in self.trials)
-        if not trial.user_attrs.get(IN_LINE) and before >= wanted:  # another worker was faster
-            trial.set_user_attr(SURPLUS, True)
-            self.study.tell(trial, state=TrialState.FAIL)
+        if not trial.user_attrs.get(IN_LINE) and self._begun(trial.number) >= wanted:
+            trial.set_user_attr(SURPLUS, True)  # another worker was faster
+            self.tell(trial, state=TrialState.FAIL)
             return None
-        trial.set_user_attr(WORKER, worker_name())
         self.beat(trial)
+        trial.set_user_attr(WORKER, process_name())
         return trial
+
+    def _begun(self, below: float) -> int:
+        """Count the trials with lower numbers; one that is lost, and soon in line again, is one."""
+        return len({origin_of(t) for t in self.study.get_trials(deepcopy=False)
+                    if t.number < below and not t.user_attrs.get(SURPLUS)})
+
+    def holds(self, trial: optuna.Trial) -> bool:
+        """Return whether a trial is still its worker's, and not closed as lost."""
+        return any(t.number == trial.number and t.state is TrialState.RUNNING
+                   for t in self.study.get_trials(deepcopy=False))
+
+    def tell(
+        self, trial: FrozenTrial | optuna.Trial, loss: float | None = None,
+        state: TrialState | None = None,
+    ) -> None:
+        """Put on record how a trial ended; nothing if it was closed before, by whoever did it."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.study.tell(trial.number, loss, state=state, skip_if_finished=True)
 
     def beat(self, trial: optuna.Trial) -> None:
         """Say that the trial's worker lives."""
         trial.set_user_attr(BEAT, time.time())
 
     def release(self, trial: FrozenTrial | optuna.Trial) -> None:
-        """Close a trial that its worker cannot end, and put it in line again."""
+        """Close a trial that its worker cannot end; `recover` puts it in line again."""
         # In this order: whatever is interrupted, `recover` can tell where it was.
         self.study.set_user_attr(f"{LOST}{trial.number}", True)
-        self.study.tell(trial.number, state=TrialState.FAIL)
-        self._enqueue_again(trial)
+        self.tell(trial, state=TrialState.FAIL)
 
     def recover(self) -> list[str]:
-        """Put in line again what was lost with a dead worker; return the names of what was.
+        """Put in line again what was released or lost with a dead worker; return the names.
 
-        For one process at a time: the parent, which holds the sweep's lock.
+        For one process at a time, the parent, so that nothing is put in line twice.
         """
-        again = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state is TrialState.RUNNING and not worker_lives(trial):
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state is TrialState.RUNNING and self._watch.lives(trial) is False:
                 self.release(trial)
-                again.append(name_of(trial))
-        lost, trials = self._lost(), self.study.get_trials(deepcopy=False)
-        newest = {origin_of(trial): trial for trial in trials}
+        lost, newest = self._lost(), {origin_of(trial): trial for trial in trials}
+        again = []
         for trial in newest.values():
-            if trial.number in lost:  # its parent was killed before it could put it in line
-                if trial.state is TrialState.RUNNING:
-                    self.study.tell(trial.number, state=TrialState.FAIL)
+            if trial.number in lost:
+                self.tell(trial, state=TrialState.FAIL)  # if it was killed before it could
                 self._enqueue_again(trial)
                 again.append(name_of(trial))
         return again
@@ -287,24 +375,6 @@ def name_of(trial: FrozenTrial | optuna.Trial) -> str:
     """Return what a trial or a rerun is called."""
     task = trial.user_attrs.get(TASK)
     return f"trial-{origin_of(trial)}" if task is None else str(json.loads(task)["name"])
-
-
-def worker_name() -> str:
-    """Name this process so that no later one is taken for it."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def worker_lives(trial: FrozenTrial) -> bool:
-    """Return whether the process that runs a trial is there, or of another machine and heard of."""
-    host, _, rest = str(trial.user_attrs.get(WORKER, "::0")).partition(":")
-    pid, _, created = rest.partition(":")
-    if host == socket.gethostname():
-        try:
-            return f"{psutil.Process(int(pid)).create_time():.2f}" == created
-        except psutil.NoSuchProcess:
-            return False
-    begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    return time.time() - float(trial.user_attrs.get(BEAT, begun)) < SILENCE_SECONDS
 
 
 def _first_difference(was: str, now: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from svend.errors import GateFailure, TrialPruned, UserError
+from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, PipelineRunner, TrialRun
+from svend.pipeline.sweep.liveness import Heartbeat
 from svend.pipeline.sweep.options import Sweep, Value
 from svend.pipeline.sweep.study import (
+    ABANDONED,
     REASON,
     RUN,
     TASK,
@@ -31,13 +35,13 @@ from svend.pipeline.sweep.study import (
     name_of,
     suggest,
 )
-from svend.tracking.run import experiment_of
+from svend.tracking.run import end_abandoned, experiment_of
 
 WAIT_SECONDS = 1.0
-BEAT_SECONDS = 30.0
 LOSSES_FILE, CHECKPOINTS = "losses.jsonl", "checkpoints"
 DIVERGED = "diverged"
-# Failures in a row, without one trial that ran, after which the sweep itself is wrong.
+LOST = "its worker was not heard of, and the trial was given to another"
+# Failures of a worker, without one trial that ran, after which the sweep or the machine is wrong.
 FAILURES_TO_STOP = 3
 
 
@@ -62,18 +66,20 @@ class Worker:
         self._sweep = sweep
         self._place = place
         self._search = SweepStudy.join(place, sweep, number)
-        self._confirmation = SweepStudy.confirmation_of(place)
+        self._confirmation = SweepStudy.confirmation_of(place, sweep)
         self._parent_run_id = self._search.parent_run_id
         self._experiment = experiment_of(self._parent_run_id)
+        self._failures, self._has_run_one = 0, False
 
     def run(self) -> None:
         """Take trials, then reruns, until there are no more. Raises UserError if none can run."""
-        while not self._search.finished:
-            work = self._take_trial() or self._take_task()
-            if work is None:
-                time.sleep(WAIT_SECONDS)
-            elif not self._run(work):
-                return
+        with self._place.in_use():
+            while not self._search.finished:
+                work = self._take_trial() or self._take_task()
+                if work is None:
+                    time.sleep(WAIT_SECONDS)
+                elif not self._run(work):
+                    return
 
     def _take_trial(self) -> Work | None:
         trial = self._search.claim(self._sweep.wanted_trials)
@@ -107,12 +113,15 @@ class Worker:
         """Run a trial and tell the study how it ended; return False if this worker is to end."""
         study, trial, config = work.study, work.trial, work.config
         losses = _Losses(work.folder / LOSSES_FILE)
+        heartbeat = Heartbeat(lambda: study.beat(trial), self._sweep.config.silence_seconds)
         print(f"\n{work.name}: {trial.params or trial.user_attrs.get(TASK)}", flush=True)
         reported = losses.read()
         for step, loss in reported.items():
             trial.report(loss, step)
 
         def judge(step: int, loss: float) -> None:
+            if heartbeat.lost.is_set() or not study.holds(trial):
+                raise Interrupted(LOST)
             losses.append(step, loss)
             if not math.isfinite(loss):
                 raise GateFailure(f"diverged: held-out loss {loss} at step {step}")
@@ -121,12 +130,17 @@ class Worker:
             if step < (config.training.max_steps or 0) and trial.should_prune():
                 raise TrialPruned(f"stopped at step {step}: held-out loss {loss:.4f} is behind")
 
-        with _Beating(lambda: study.beat(trial)):
+        with heartbeat:
             result = self._train(work, judge)
+        if not study.holds(trial):
+            print(f"{work.name}: {LOST}", flush=True)
+            shutil.rmtree(work.folder, ignore_errors=True)
+            return result is None or not result.interrupted or result.reason == LOST
         if result is not None and result.interrupted:
             study.release(trial)
             return False
-        self._tell(work, losses.read(), result.error if result else None)
+        with contextlib.suppress(UpdateFinishedTrialError):  # it was given away just now
+            self._tell(work, losses.read(), result.error if result else None)
         # Its losses stay: they are what the study was told.
         shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
         return True
@@ -134,13 +148,21 @@ class Worker:
     def _train(self, work: Work, judge: Callable[[int, float], None]) -> PipelineResult | None:
         """Run the trial's run, or go on with it; None if all was done but to tell the study."""
         config = work.config
+
+        def begun(run_id: str) -> None:
+            former = work.trial.user_attrs.get(RUN)
+            if former not in (None, run_id):  # what it left, if anything, is on another machine
+                end_abandoned(former, ABANDONED)
+            with contextlib.suppress(UpdateFinishedTrialError):  # it is not ours any more
+                work.trial.set_user_attr(RUN, run_id)
+
         before = RunFolder.find_newest(config.checkpoint_dir, config.training.experiment_name)
         if before is not None and before.identity.finished:
+            begun(before.identity.run_id)
             return None
-        runner = PipelineRunner(config, trial=TrialRun(
-            self._parent_run_id, work.name, judge,
-            lambda run_id: work.trial.set_user_attr(RUN, run_id),
-        ))
+        runner = PipelineRunner(
+            config, trial=TrialRun(self._parent_run_id, work.name, judge, begun)
+        )
         return runner.run(resume=before is not None)
 
     def _tell(self, work: Work, losses: dict[int, float], error: UserError | None) -> None:
@@ -148,27 +170,24 @@ class Worker:
         study, trial, config = work.study, work.trial, work.config
         if error is not None:
             trial.set_user_attr(REASON, str(error))
+        self._has_run_one |= error is None or isinstance(error, TrialPruned | GateFailure)
         if isinstance(error, TrialPruned):
-            study.study.tell(trial, state=TrialState.PRUNED)
+            study.tell(trial, state=TrialState.PRUNED)
             return
         assert config.model is not None and config.training.max_steps is not None  # resolved
         loss = losses.get(config.training.max_steps, math.nan)
         if isinstance(error, GateFailure) or (error is None and not math.isfinite(loss)):
             # As bad as knowing nothing, and not allowed: samplers learn from that, from NaN not.
             trial.set_constraint(DIVERGED, 1.0)
-            study.study.tell(trial, math.log(config.model.vocab_size))
+            study.tell(trial, math.log(config.model.vocab_size))
         elif error is not None:
-            study.study.tell(trial, state=TrialState.FAIL)
-            self._stop_if_hopeless(study, error)
+            study.tell(trial, state=TrialState.FAIL)
+            self._failures += 1
+            if self._failures >= FAILURES_TO_STOP and not self._has_run_one:
+                raise UserError(f"no trial runs here: {error}")
         else:
             trial.set_constraint(DIVERGED, -1.0)
-            study.study.tell(trial, loss)
-
-    def _stop_if_hopeless(self, study: SweepStudy, reason: Exception) -> None:
-        ended = [t for t in study.trials if t.state.is_finished()]
-        failed = [t for t in ended if t.state is TrialState.FAIL]
-        if len(failed) >= FAILURES_TO_STOP and len(failed) == len(ended):
-            raise UserError(f"no trial runs: {reason}")
+            study.tell(trial, loss)
 
 
 class _Losses:
@@ -196,26 +215,6 @@ class _Losses:
                 continue
             found[int(step)] = float(loss)
         return found
-
-
-class _Beating:
-    """While entered, says now and then that the worker lives."""
-
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self._beat = beat
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            self._beat()
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -1,0 +1,55 @@
+"""The plan of a run without the run: nothing is allocated, measured or tracked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from svend.data.corpus import build_corpus
+from svend.data.stream import PackedSequences
+from svend.device import available_bytes, describe_device, resolve_device, resolve_precision
+from svend.pipeline.benchmarking import evaluation_sets
+from svend.pipeline.config import PipelineConfig
+from svend.pipeline.hyperparameters import (
+    Carried,
+    carry,
+    fetch_hyperparameters,
+    locate_hyperparameters,
+)
+from svend.pipeline.job import planned_model, steps_over
+from svend.pipeline.report import make_console, show_preview
+from svend.planning.plan import predict_memory_on, size_run
+
+
+def preview_run(config: PipelineConfig) -> None:
+    """Print what a run of this configuration would do, and what becomes of a sweep's values.
+
+    Data are read only where `training.max_steps` leaves the number of steps to them; what is
+    tokenised then is kept for the run. Raises UserError for what the user can mend.
+    """
+    console = make_console()
+    config = config.resolve()
+    training, model = config.training, planned_model(config, None)
+    device = resolve_device(training.device)
+    training = replace(training, precision=resolve_precision(training.precision, device))
+    config = replace(config, training=training)
+    total_steps = training.max_steps
+    if total_steps is None:
+        corpus = build_corpus(
+            training.data, model.vocab_size, training.seed,
+            lambda text: console.print(f"data: {text}"), evaluation_sets(config),
+        )
+        total_steps = steps_over(
+            PackedSequences(corpus.train, training.data, training.seed), training
+        )
+    carried: list[Carried] = []
+    if config.hparams is not None:
+        found = fetch_hyperparameters(
+            locate_hyperparameters(config.hparams, training.data.recipe)
+        )
+        training, carried = carry(found, config, total_steps)
+        config = replace(config, training=training)
+    show_preview(
+        console, config, size_run(training, model, total_steps),
+        predict_memory_on(model, training, device), available_bytes(device),
+        describe_device(device), carried,
+    )
