@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import mlflow
 from mlflow import MlflowClient
@@ -50,13 +51,15 @@ class MadeVersion:
 def store(folder: Path) -> Iterator[str]:
     """Have MLflow use a store of its own in a folder, which becomes the current one."""
     before, uri = Path.cwd(), f"sqlite:///{folder / 'mlflow.db'}"
-    os.chdir(folder)
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield uri
-    finally:
-        mlflow.set_tracking_uri("")
-        os.chdir(before)
+    # MLflow keeps the experiment in the environment too, which other tests' processes inherit.
+    with mock.patch.dict(os.environ):
+        os.chdir(folder)
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield uri
+        finally:
+            mlflow.set_tracking_uri("")
+            os.chdir(before)
 
 
 @functools.cache

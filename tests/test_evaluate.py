@@ -129,6 +129,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Workplace) -> None:
     done = trained.run([
         sys.executable, "-m", "svend", "promote", "--model", "svend-debug", "--version", "1",

@@ -6,9 +6,11 @@ documents. A small model learns in few steps only at a small model's rate: that 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -265,13 +267,28 @@ def without_colab(source: str) -> str:
 GIVEN, OWN = read_blocks(GIVEN_GUIDE, "given"), read_blocks(OWN_GUIDE, "own")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function from a block's name to its outcome; a guide runs once, in one process."""
+    """Return a function from a block's name to its outcome.
+
+    A guide runs once, in one process, for all of the processes that the tests are spread over.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     @cache
     def run_guide(guide: str) -> dict[str, Outcome]:
-        folder = tmp_path_factory.mktemp(guide)
+        folder = shared / f"guide-{guide}"
+        with (shared / f"guide-{guide}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "outcomes.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                run_blocks(guide, folder)
+        outcomes = json.loads((folder / "outcomes.json").read_text())
+        return {name: Outcome(**values) for name, values in outcomes.items()}
+
+    def run_blocks(guide: str, folder: Path) -> None:
         (folder / "content" / "drive" / "MyDrive").mkdir(parents=True)
         blocks = [prepared(b, guide, folder) for b in (GIVEN if guide == "given" else OWN)]
         (folder / "blocks.json").write_text(json.dumps([asdict(b) for b in blocks]))
@@ -284,8 +301,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
                  "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stdout
-        outcomes = json.loads((folder / "outcomes.json").read_text())
-        return {name: Outcome(**values) for name, values in outcomes.items()}
 
     def of_block(name: str) -> Outcome:
         if name.startswith("given/") and not GIVEN:

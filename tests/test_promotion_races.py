@@ -80,7 +80,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("uri", "rounds"), [
-    ("sqlite", 4),
+    pytest.param("sqlite", 4, marks=pytest.mark.slow),
     pytest.param("sqlite", 200, marks=pytest.mark.slow),
     pytest.param("postgres", 200, marks=pytest.mark.slow),
 ], indirect=["uri"])

@@ -279,12 +279,14 @@ def write_lines(path: Path, count: int, *, broken_line: int | None = None) -> Pa
 @pytest.mark.parametrize(
     ("options", "changes", "named"),
     [
-        (("--data", "gsm8k"), {"data__path": "broken.jsonl"}, ("broken.jsonl:17", "not JSON")),
-        (("--data", "gsm8k"), {"data__path": "empty.jsonl"}, ("gsm8k", "empty")),
+        pytest.param(("--data", "gsm8k"), {"data__path": "broken.jsonl"},
+                     ("broken.jsonl:17", "not JSON"), marks=pytest.mark.slow),
+        pytest.param(("--data", "gsm8k"), {"data__path": "empty.jsonl"}, ("gsm8k", "empty"),
+                     marks=pytest.mark.slow),
         (("--data", "gsm8k"), {"data__path": "nowhere"}, ("nowhere", "no such file")),
         ((), {"training__device": "cuda"}, ("training.device", "cuda")),
-        ((), {"training__device": "cpu", "training__float8": "true"},
-         ("training.float8", "H100")),
+        pytest.param((), {"training__device": "cpu", "training__float8": "true"},
+                     ("training.float8", "H100"), marks=pytest.mark.slow),
         ((), {"training__validation_gates__perplexity": "1.5"},
          ("STANDARD gate failed at step 20", "perplexity")),
         ((), {"model__hidden_size": "65536", "model__num_hidden_layers": "400"},
