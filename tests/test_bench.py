@@ -86,6 +86,7 @@ def test_models_of_other_sizes_are_not_compared() -> None:
         _check_parameters([Timing("a", 1, 0.0, 0.0), Timing("b", 2, 0.0, 0.0)])
 
 
+@pytest.mark.slow
 def test_a_contestant_that_ends_is_named_with_its_last_words() -> None:
     impossible = Spec(**{**vars(SMALLEST), "heads": 3})
     with pytest.raises(UserError, match=r"bench: hf-stock ended: .+; leave it out with --peers"):

@@ -113,9 +113,12 @@ def test_the_same_seed_gives_the_same_answers_whatever_the_batch_size(
 
 @pytest.mark.parametrize(("model", "benchmarks", "named"), [
     ("models:/svend-none@full", "accuracy", "there are the models svend-debug"),
-    ("models:/svend-debug@full", "accuracy", "svend-debug has the aliases @"),
-    ("models:/svend-debug/99", "accuracy", "models:/svend-debug/99"),
-    ("svend-debug", "accuracy", "give models:/NAME/VERSION or models:/NAME@ALIAS"),
+    pytest.param("models:/svend-debug@full", "accuracy", "svend-debug has the aliases @",
+                 marks=pytest.mark.slow),
+    pytest.param("models:/svend-debug/99", "accuracy", "models:/svend-debug/99",
+                 marks=pytest.mark.slow),
+    pytest.param("svend-debug", "accuracy", "give models:/NAME/VERSION or models:/NAME@ALIAS",
+                 marks=pytest.mark.slow),
     ("models:/svend-debug/1", "acuracy", "eval_benchmarks = acuracy: must be one of"),
     ("models:/svend-debug/1", "gsm8k", "evaluation.paths"),
 ])
@@ -159,7 +162,7 @@ def _files(place: Workplace) -> Path:
 
 @pytest.mark.parametrize(("spoil", "named"), [
     ("weights", "is not what was registered"),
-    ("no weights", "model.safetensors is missing"),
+    pytest.param("no weights", "model.safetensors is missing", marks=pytest.mark.slow),
     ("tokenizer", "is not what was registered"),
 ])
 def test_a_version_whose_files_are_not_what_they_were_is_refused_in_one_line(

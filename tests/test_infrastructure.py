@@ -71,6 +71,7 @@ def test_a_failed_check_names_the_remedy_and_what_builds_on_it_is_not_run(
     assert {name for name, (_, detail) in report.items() if detail.startswith("not run")} == not_run
 
 
+@pytest.mark.slow
 def test_a_tracking_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     class Unwritable(Workplace):
         @property

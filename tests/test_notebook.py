@@ -94,6 +94,7 @@ def names_set(source: str) -> set[str]:
     return names.keys() - {"__builtins__"}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom_without_colab(small_environment: Workplace) -> None:
     folder = small_environment.folder
     notebook = small_notebook()

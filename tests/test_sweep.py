@@ -196,8 +196,11 @@ def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(workplace: Workpla
     [
         (["--trials", "0"], "error: sweep.trials = 0: must be at least 1"),
         (["--search", "{training.nope: [1, 2]}"], "error: unknown key training.nope"),
-        (["--name", "../x"], "error: name = ../x: must be one that a folder can have"),
-        (["--dry-run", "maybe"], "error: dry_run = maybe: must be true or false"),
+        pytest.param(["--name", "../x"],
+                     "error: name = ../x: must be one that a folder can have",
+                     marks=pytest.mark.slow),
+        pytest.param(["--dry-run", "maybe"], "error: dry_run = maybe: must be true or false",
+                     marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_ends_in_one_line(
