@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
+
+from tests.servers import free_port
 
 USER = "svend"
 START_SECONDS = 60
@@ -61,7 +62,7 @@ class PostgresServer:
         if self._account is not None:
             os.chown(self._folder, self._account.pw_uid, self._account.pw_gid)
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
 
     def __enter__(self) -> Self:
         try:
@@ -168,10 +169,3 @@ def _other_account() -> pwd.struct_passwd:
         if name in known:
             return known[name]
     raise RuntimeError("PostgreSQL refuses root, and there is no user postgres or nobody here")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

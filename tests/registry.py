@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlflow
+import pytest
 from mlflow import MlflowClient
 
 from svend.data.records import file_digest
@@ -45,6 +46,11 @@ class MadeVersion:
     run_id: str
     folder: Path
     checkpoint_sha256: str
+
+
+def model_of(request: pytest.FixtureRequest) -> str:
+    """Return a model's name for one test alone."""
+    return "m-" + "".join(c if c.isalnum() else "-" for c in request.node.name)[:80]
 
 
 @contextmanager

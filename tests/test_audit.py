@@ -18,7 +18,7 @@ from svend.pipeline.promotion.audit import audit_model, repair_aliases
 from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of
-from tests.registry import GATES, GOOD, MadeVersion, history, make_version, promote, store
+from tests.registry import GATES, GOOD, MadeVersion, history, make_version, model_of, promote, store
 
 FULL = GateLevel.FULL
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def made(request: pytest.FixtureRequest, folder: Path) -> MadeVersion:
     """A version that is full, by a record that is whole."""
-    name = "a-" + "".join(c if c.isalnum() else "-" for c in request.node.name)[:80]
+    name = model_of(request)
     made = make_version(folder, 1, model=name)
     promote(FULL, made.version, model=name)
     assert audit_model(name, GATES) == []

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from svend.data.corpus import build_corpus
+from svend.data.documents import Role, conversation
+from svend.data.tokenizer import train_tokenizer
 from svend.errors import ConfigError, DataError
-from svend.pipeline.benchmarking import evaluation_sets, read_questions
-from svend.pipeline.config import BENCHMARK_NAMES, PipelineConfig, load_config
+from svend.evaluation.harness import Harness, problems_digest
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import evaluation_sets, problem_digests, read_questions
+from svend.pipeline.config import BENCHMARK_NAMES, PipelineConfig, Precision, load_config
 
 QUESTION = (
     "A baker in Turin sells {count} rolls each morning and twice as many cakes each evening; how "
@@ -102,6 +108,26 @@ def test_a_broken_benchmark_file_is_named_with_its_line_before_training(
     (message,) = str(refusal.value).splitlines()
     assert message.startswith(f"{path}:2: ")
     assert named in message
+
+
+def test_what_the_time_cut_short_was_not_measured_on_all_problems(config: PipelineConfig) -> None:
+    (question,) = read_questions(config)
+    said = conversation((Role.USER, "w1x2 w3x4?"), (Role.ASSISTANT, "#### 12"))
+    tokenizer = train_tokenizer([said] * 3, 300)
+    model = ReasoningTransformer(TransformerConfig(
+        name="m", vocab_size=300, hidden_size=32, num_hidden_layers=1,
+    )).eval()
+    evaluation = replace(config.evaluation, max_new_tokens=4, batch_size=1)
+    answers = iter(range(2))
+    with Harness(model, tokenizer, evaluation, Precision.FP32) as harness:
+        whole = harness.run(question.benchmark, question.problems)
+        short = harness.run(question.benchmark, question.problems,
+                            lambda: next(answers, None) is None)
+    # What a promotion asks for before it uses a measurement again.
+    wanted = problem_digests(config)["gsm8k_accuracy"]
+    assert whole.problems_sha256 == wanted
+    assert short.cut_short
+    assert short.problems_sha256 not in (wanted, problems_digest([]))
 
 
 def test_an_unknown_benchmark_and_a_path_for_none_are_refused() -> None:

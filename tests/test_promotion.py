@@ -33,6 +33,7 @@ from tests.registry import (
     MadeVersion,
     history,
     make_version,
+    model_of,
     promote,
     record_measurements,
     store,
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def model(request: pytest.FixtureRequest, folder: Path) -> str:
     """A model of this test's own."""
     assert folder
-    return "m-" + "".join(c if c.isalnum() else "-" for c in request.node.name)[:80]
+    return model_of(request)
 
 
 def _make(folder: Path, model: str, number: int = 1, **changes: float) -> MadeVersion:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from svend.data.tokenizer import train_tokenizer
 from svend.errors import UserError
 from svend.evaluation.dialogue import Dialogue
 from svend.models.config import TransformerConfig
+from svend.models.decoding import DecodingModel
 from svend.models.generation import Decoder, Request
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Precision
@@ -72,10 +74,11 @@ def _directly(text: str, limit: int) -> str:
 
 @contextmanager
 def _serving(
-    limits: Limits = LIMITS, *, tools: bool = False, lanes: int = 4, max_waiting: int = 64
+    limits: Limits = LIMITS, *, tools: bool = False, lanes: int = 4, max_waiting: int = 64,
+    model: ReasoningTransformer = MODEL,
 ) -> Iterator[tuple[str, Engine]]:
     with Engine(
-        MODEL, TOKENIZER, Precision.FP32, lanes=lanes, max_waiting=max_waiting
+        model, TOKENIZER, Precision.FP32, lanes=lanes, max_waiting=max_waiting
     ) as engine:
         port = free_port()
         app = make_app(engine, "svend-test", limits=limits, token=TOKEN, tools=tools)
@@ -305,6 +308,35 @@ def test_tools_are_carried_out_where_they_are_and_else_returned() -> None:
     assert (carried.text, carried.calls, carried.finish) == ("It is 12", (), Finish.STOP)
     _, returned = _turn(DECLARED, False, CALL, CALLED, END, END_TEXT)
     assert (returned.text, returned.calls, returned.finish) == ("", (CALLED,), Finish.TOOL_CALLS)
+
+
+def test_a_server_with_tools_carries_calls_out_and_answers_with_what_comes_of_them(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = TOKENIZER.control_ids
+    # What the model says; the result, between the call and the answer, is the tools' own.
+    said = [control[CALL], *TOKENIZER.encode_text(CALLED), control[END], control[ASSISTANT],
+            *TOKENIZER.encode_text("It is 12"), control[END], control[END_TEXT]]
+    script = iter(said)
+    monkeypatch.setattr("svend.models.generation.choose_tokens",
+                        lambda logits_RV, *_: [next(script) for _ in range(len(logits_RV))])
+    read: list[list[int]] = []
+    extend = DecodingModel.extend
+
+    def watched(self: DecodingModel, lane: int, cached: int, tokens: list[int]) -> torch.Tensor:
+        read.append(tokens)
+        return extend(self, lane, cached, tokens)
+
+    monkeypatch.setattr(DecodingModel, "extend", watched)
+    model = ReasoningTransformer(replace(MODEL.config, max_position_embeddings=4096)).eval()
+    with _serving(tools=True, model=model) as (address, _), _client(address) as client:
+        reply = _ask(client, "What is 3 * 4?", max_tokens=400)
+    assert reply.choices[0].message.content == "It is 12"
+    assert reply.choices[0].finish_reason == "stop"
+    prompt, after_call = (TOKENIZER.decode(tokens) for tokens in read)
+    assert prompt.startswith(ROLE_TOKENS[Role.TOOLS])
+    assert "calculate" in prompt
+    assert f"{ROLE_TOKENS[Role.TOOL]}12{END}" in after_call
 
 
 def test_the_servers_own_tools_are_offered_and_others_are_not() -> None:

@@ -7,6 +7,7 @@ only from the machine.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import statistics
 import threading
@@ -158,7 +159,7 @@ def _ask_all(address: str, clients: int, requests: int, max_tokens: int, told: A
 
 def _ask(client: Any, address: str, body: dict[str, Any]) -> tuple[float, float, int, str]:
     started_seconds = time.monotonic()
-    first_seconds, tokens, status = float("nan"), 0, "cut off"
+    first_seconds, tokens, status = math.nan, 0, "cut off"
     try:
         with client.stream("POST", address, json=body) as response:
             for line in response.iter_lines():
@@ -167,7 +168,7 @@ def _ask(client: Any, address: str, body: dict[str, Any]) -> tuple[float, float,
                 elif line.startswith("data: "):
                     chunk = json.loads(line.removeprefix("data: "))
                     tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-                    if first_seconds != first_seconds and any(  # noqa: PLR0124 - NaN
+                    if math.isnan(first_seconds) and any(
                         choice["delta"].get("content") for choice in chunk.get("choices", [])
                     ):
                         first_seconds = time.monotonic() - started_seconds
@@ -176,5 +177,6 @@ def _ask(client: Any, address: str, body: dict[str, Any]) -> tuple[float, float,
     except OSError as error:
         status = type(error).__name__
     seconds = time.monotonic() - started_seconds
-    # An answer of no text has its first text where it ends.
-    return min(first_seconds, seconds) if tokens else seconds, seconds, tokens, status
+    if math.isnan(first_seconds):
+        first_seconds = seconds  # an answer of no text has its first where it ends
+    return first_seconds, seconds, tokens, status

@@ -31,8 +31,8 @@ Progress = Callable[[int, int], None]
 class BenchmarkResult:
     """What a benchmark measured, and every sample that it rests on.
 
-    problems_sha256: of the problems in their order, as they were put. asked: how many answers were
-    wanted; fewer samples mean that the time ran out.
+    problems_sha256: of the problems that were answered, in their order. asked: how many answers
+    were wanted; fewer samples mean that the time ran out.
     """
 
     benchmark: Benchmark
@@ -105,7 +105,7 @@ class Harness:
             benchmark,
             dict(benchmark.summarize(samples)) if samples else {},
             samples,
-            problems_digest(problems),
+            problems_digest(problems[: len(samples) // repeats]),
             len(asked),
             time.monotonic() - started_seconds,
         )

@@ -99,8 +99,6 @@ class StartingPoint:
         model.load_state_dict(state)
 
     def _read(self) -> dict[str, Tensor]:
-        if file_digest(self.weights) != self.sha256:
-            raise CheckpointError(f"{self.weights}: is not what was written; import it again")
         if self.weights.name == WEIGHTS:
             return load_file(self.weights)
         state: dict[str, torch.Tensor] = read_state(self.weights)
@@ -136,6 +134,8 @@ def find_starting_point(place: str) -> StartingPoint:
             "models:/NAME@ALIAS"
         )
     tree = read_yaml(folder / CONFIG)
+    if not isinstance(tree.get("model"), dict):
+        raise ConfigError(f"{folder / CONFIG}: has no section model; give what svend import wrote")
     training = tree.get("training") or {}
     keys = ["parametrisation"]
     if training.get("parametrisation") == Parametrisation.COMPLETEP.value:

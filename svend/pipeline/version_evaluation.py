@@ -91,9 +91,9 @@ def evaluate_version(
 ) -> None:
     """Measure benchmarks on a version, in a run of its own, and decide the levels they suffice for.
 
-    The settings are those that the version was trained with, then `overrides`. The verdicts
-    become tags of the version; no alias moves. Raises UserError, in one line, for what is missing
-    or does not fit.
+    The settings are those that the version was trained with, then `overrides`. What was measured
+    goes on record, where a promotion finds it; no alias moves. Raises UserError, in one line, for
+    what is missing or does not fit.
     """
     console = make_console()
     asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")

@@ -217,7 +217,7 @@ def _read_tools(
 ) -> tuple[list[Message], bool]:
     """Return the declaration of the tools that are offered, and whether they are carried out."""
     tools = body.get("tools")
-    if body.get("tool_choice") == "none" or (tools == [] and tools is not None):
+    if body.get("tool_choice") == "none" or tools == []:
         return [], False
     if not tools:
         return ([], False) if own_tools is None else ([own_tools], True)

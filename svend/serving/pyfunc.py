@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def _load_pyfunc(path: str) -> ChatModel:
 
 def _is_given(value: Any) -> bool:
     """Whether a cell of a table holds something: MLflow fills in None or NaN."""
-    return value is not None and value == value  # noqa: PLR0124 - NaN is not itself
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _plain(value: Any) -> Any:

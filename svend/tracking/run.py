@@ -235,12 +235,6 @@ def runs_with_tags(tags: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str
             return
 
 
-def tag_of(run_id: str, name: str) -> str | None:
-    """Return a run's tag, None if it has none of that name."""
-    value = MlflowClient().get_run(run_id).data.tags.get(name)
-    return None if value is None else str(value)
-
-
 def run_shows(run_id: str, metric: str, value: float) -> bool:
     """Return whether a run logged this value of a metric at any step."""
     client = MlflowClient()

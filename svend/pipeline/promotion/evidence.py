@@ -153,6 +153,7 @@ class EvidenceBook:
     def _measure(self, missing: Sequence[str]) -> None:
         """Measure what can be measured, put it into the run, and keep it as rows."""
         candidate, config = self._candidate, self._candidate.config
+        step = candidate.registration.step
         names = dict.fromkeys(
             name for metric in missing if metric not in ON_HELDOUT
             and (name := benchmark_of(metric, config)) is not None
@@ -165,6 +166,9 @@ class EvidenceBook:
                       for metric, m in self._measure_heldout().measurements().items()}
         if GRADIENT_NORM in missing:
             found[GRADIENT_NORM] = Measurement(self._measure_gradient_norm())
+        self._tracked.log_metrics(
+            {LOGGED_AS.get(metric, f"eval/{metric}"): m.value for metric, m in found.items()}, step
+        )
         if names:
             asked = replace(config, eval_benchmarks=list(names))
             with AnswerProgress(self._console) as progress:
@@ -172,12 +176,8 @@ class EvidenceBook:
                     asked, candidate.loaded.model, candidate.loaded.tokenizer,
                     read_questions(asked), self._measure_heldout, progress.advance,
                 )
-            record_evaluation(self._tracked, evaluation, candidate.registration.step)
+            record_evaluation(self._tracked, evaluation, step)
             found |= evaluation.measurements
-        step = candidate.registration.step
-        self._tracked.log_metrics(
-            {LOGGED_AS.get(metric, f"eval/{metric}"): m.value for metric, m in found.items()}, step
-        )
         self._tracked.flush()
         self.new_rows += measurement_rows(found, config, Evidence(
             step, candidate.registration.checkpoint_sha256, None, self._tracked.run_id

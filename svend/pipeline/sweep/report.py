@@ -22,7 +22,7 @@ from svend.pipeline.hyperparameters import HYPERPARAMETERS, FoundAt, Hyperparame
 from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured, Rule
 from svend.pipeline.sweep.options import Sweep
 from svend.pipeline.sweep.study import REASON, RUN, Place, SweepStudy, origin_of
-from svend.tracking.run import TrackedRun, environment_tags, tag_of
+from svend.tracking.run import TrackedRun, environment_tags, tags_of
 
 SHOWN_TRIALS = 10
 SUMMARY, PLOTS, TRIALS, RERUNS = "summary.html", "plots.html", "trials.csv", "reruns.csv"
@@ -83,7 +83,7 @@ def _hyperparameters(
     config = sweep.trial_config(winner.values)
     run_id = next((str(t.user_attrs[RUN]) for t in search.ended()
                    if t.params == winner.values and RUN in t.user_attrs), None)
-    fingerprint = tag_of(run_id, "svend.data_fingerprint") if run_id else None
+    fingerprint = tags_of(run_id).get("svend.data_fingerprint") if run_id else None
     return Hyperparameters(
         values=dict(winner.values),
         found_at=FoundAt.of(config, sweep.config.steps),
