@@ -12,13 +12,14 @@ from svend import __version__
 from svend.bench import command as bench_command
 from svend.bench import parametrisation_command
 from svend.errors import ConfigError, Interrupted, UserError
-from svend.pipeline import exchange_command
+from svend.pipeline import exchange_command, sync_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
     group_members,
     load_config,
     print_scale_comparison,
 )
+from svend.pipeline.interruption import EXIT_INTERRUPTED
 from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
 from svend.serving import command as serve_command
@@ -55,11 +56,11 @@ GROUP_HELP = {
 SHOWN = {
     "history": promotion_command.run_history, "lineage": promotion_command.run_lineage,
     "export": exchange_command.run_export, "import": exchange_command.run_import,
+    "sync": sync_command.run,
 }
 WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
 EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         ("import", "make a start of a Hugging Face folder",
          "Make a checkpoint to begin a run with of a Llama-family folder.",
          exchange_command.IMPORT_HELP, exchange_command.add_import_options),
+        ("sync", "tell the tracking store what it missed",
+         "Send the tracking store what runs could not, for it was down or they were killed.",
+         sync_command.HELP, sync_command.add_options),
         ("serve", "answer chats by a registered version",
          "Serve a version by OpenAI's chat completions: streaming, a bearer token, limits, a "
          "bounded queue.", serve_command.HELP, serve_command.add_options),
@@ -333,7 +337,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
             preview_run(config)
             return 0
-        runner = PipelineRunner(config)
+        runner = PipelineRunner(config, owns_process=True)
     except UserError as error:
         _end_joined_run(error)
         raise
@@ -342,7 +346,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     result = runner.run(resume=resume == "true")
     if result.success:
         return 0
-    print(f"error: {result.reason}", file=sys.stderr)
+    print(f"error: {result.reason}", file=sys.stderr, flush=True)
+    if result.interrupted_at_once:
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 

@@ -44,6 +44,7 @@ from svend.pipeline.hyperparameters import (
 )
 from svend.pipeline.init_from import find_starting_point
 from svend.pipeline.record import record_hyperparameters, record_inputs
+from svend.pipeline.report import say
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
@@ -88,7 +89,6 @@ class Job:
     manager: CheckpointManager
     questions: list[Question]
     started_seconds: float
-    logged_step: int = 0
     evaluated_step: int = -1
     saved_step: int = 0
     saving: Saving | None = None
@@ -171,6 +171,7 @@ def prepare_job(
             training.model_scale.value, corpus.fingerprint, device.type, training.precision,
             plan.compile,
         ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
+        tracked.spool_to(folder.spool_path, lambda line: say(console, line))
     manager = _checkpoint_manager(config, folder)
     job = Job(
         config, device, corpus, sequences, heldout, plan, state,
@@ -183,9 +184,7 @@ def prepare_job(
         )
         state.load_extra_state(extra)
         job.saved_step = state.step
-        # Steps between the checkpoint and a kill are trained again, to the same values.
-        job.logged_step = tracked.last_step("train/loss")
-        job.evaluated_step = tracked.last_step("eval/heldout_loss")
+        tracked.go_on_from(state.step)
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
 

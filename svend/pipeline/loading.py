@@ -13,7 +13,8 @@ from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to
 
 # Where things lie and how much is kept: a resumed run, or a sweep's worker, may differ in these.
 MAY_CHANGE = {
-    "checkpoint_dir", "checkpoint_cache_dir", "training.data.cache_dir", "training.data.path",
+    "checkpoint_dir", "checkpoint_cache_dir", "grace_seconds", "tracking_wait_seconds",
+    "training.data.cache_dir", "training.data.path",
     "training.data.heldout_path", "training.logging_steps", "training.profile",
     "training.save_total_limit",
 }

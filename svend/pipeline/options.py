@@ -504,6 +504,8 @@ class PipelineConfig:
     eval_benchmarks: list[str] = _default("eval_benchmarks")
     checkpoint_dir: str = _default("checkpoint_dir")
     checkpoint_cache_dir: str | None = _default("checkpoint_cache_dir")
+    grace_seconds: float = _default("grace_seconds")
+    tracking_wait_seconds: float = _default("tracking_wait_seconds")
 
     def resolve(self) -> PipelineConfig:
         """Return a copy in which nothing is left to be looked up, checked as a whole."""
@@ -526,6 +528,9 @@ class PipelineConfig:
         self.gates.check()
         self.evaluation.check()
         self.carry.check()
+        _require(self.grace_seconds > 0, "grace_seconds", self.grace_seconds, "above 0")
+        _require(self.tracking_wait_seconds >= 0, "tracking_wait_seconds",
+                 self.tracking_wait_seconds, "0 or more")
         for name in self.eval_benchmarks:
             _require(name.removesuffix(SAMPLE_SUFFIX) in BENCHMARK_NAMES, "eval_benchmarks", name,
                      f"one of {', '.join(BENCHMARK_NAMES)}")

@@ -34,10 +34,17 @@ from svend.pipeline.validation import (
 )
 from svend.pipeline.version_files import WEIGHTS, write_weights
 from svend.planning.plan import RunPlan
-from svend.tracking.registry import RegisteredVersion, register_checkpoint
+from svend.tracking.registry import (
+    CHECKPOINT_TAG,
+    RegisteredVersion,
+    find_version,
+    register_checkpoint,
+)
 from svend.tracking.run import TrackedRun, environment_tags, installed_packages, tags_of
 
 EVALUATION_ARTIFACTS = "evaluation"
+# Begins a folder in the run's, there while its weights are written for the registry.
+REGISTERING = ".registering-"
 
 
 def record_inputs(
@@ -206,7 +213,7 @@ def register_version(
     )
     tags = {
         "svend.run_id": tracked.run_id,
-        "svend.checkpoint_sha256": checkpoint.weights_sha256,
+        CHECKPOINT_TAG: checkpoint.weights_sha256,
         "svend.data_fingerprint": corpus.fingerprint,
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
         "svend.step": str(checkpoint.step),
@@ -214,11 +221,63 @@ def register_version(
         **verdict_tags(rows),
     }
     note = _lineage_note(tracked, config, corpus, checkpoint)
+    registered = _registered_before(moves, tracked.run_id, checkpoint)
+    if registered is None:
+        registered = find_version(
+            model_name, tracked.run_id, checkpoint.weights_sha256
+        ) or _register_files(
+            tracked, folder, config, model_name, corpus, checkpoint, tags, note
+        )
+        registration = Registration(
+            checkpoint_sha256=checkpoint.weights_sha256, data_fingerprint=corpus.fingerprint,
+            tokenizer_sha256=corpus.tokenizer.sha256, step=checkpoint.step, files=registered.files,
+            note=note,
+        )
+        moves.add(Move(kind=MoveKind.REGISTERED, version=registered.version,
+                       run_id=tracked.run_id, registration=registration))
+    if measured:
+        moves.keep_rows(measured)
+    told = [{**row, "settings": measured_how(row["metric"], config)} for row in rows]
+    history = moves.history()
+    for level in levels:
+        if history.passed(registered.version, level) is None:
+            verdict = moves.keep_verdict(level, validator.gates[level], validator.confidence,
+                                         _last_rows(told, level))
+            moves.add(Move(kind=MoveKind.PROMOTED, version=registered.version, level=level,
+                           verdict=verdict, run_id=tracked.run_id,
+                           reason="decided by the run that trained it"))
+    moves.carry_out()  # what a process that was killed here had put on record
+    return replace(registered, aliases=[level.value for level in levels])
+
+
+def _registered_before(
+    moves: Moves, run_id: str, checkpoint: Checkpoint
+) -> RegisteredVersion | None:
+    """Return the version that a run registered of a checkpoint before it was killed, if it did."""
+    for move in moves.history().moves:
+        registration = move.registration
+        if (registration is not None and move.run_id == run_id
+                and registration.checkpoint_sha256 == checkpoint.weights_sha256):
+            return RegisteredVersion(moves.model, move.version, registration.files)
+    return None
+
+
+def _register_files(
+    tracked: TrackedRun,
+    folder: RunFolder,
+    config: PipelineConfig,
+    model_name: str,
+    corpus: Corpus,
+    checkpoint: Checkpoint,
+    tags: Mapping[str, str],
+    note: str,
+) -> RegisteredVersion:
+    """Make a new version of the model of a checkpoint's weights and what belongs to them."""
     # On the disk of the run, so that the version can have the file as a hard link.
-    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".registering-") as place:
+    with tempfile.TemporaryDirectory(dir=folder.path, prefix=REGISTERING) as place:
         weights = Path(place) / WEIGHTS
         write_weights(checkpoint.path / MODEL, weights)
-        registered = register_checkpoint(
+        return register_checkpoint(
             model_name,
             [weights, checkpoint.path / METADATA, folder.path / CONFIG_FILE,
              *(folder.path / name for name in corpus.tokenizer.files())],
@@ -229,23 +288,6 @@ def register_version(
             tags,
             note,
         )
-    registration = Registration(
-        checkpoint_sha256=checkpoint.weights_sha256, data_fingerprint=corpus.fingerprint,
-        tokenizer_sha256=corpus.tokenizer.sha256, step=checkpoint.step, files=registered.files,
-        note=note,
-    )
-    version, run_id = registered.version, tracked.run_id
-    moves.add(Move(kind=MoveKind.REGISTERED, version=version, run_id=run_id,
-                   registration=registration))
-    if measured:
-        moves.keep_rows(measured)
-    told = [{**row, "settings": measured_how(row["metric"], config)} for row in rows]
-    for level in levels:
-        verdict = moves.keep_verdict(level, validator.gates[level], validator.confidence,
-                                     _last_rows(told, level))
-        moves.add(Move(kind=MoveKind.PROMOTED, version=version, level=level, verdict=verdict,
-                       run_id=run_id, reason="decided by the run that trained it"))
-    return replace(registered, aliases=[level.value for level in levels])
 
 
 def _lineage_note(

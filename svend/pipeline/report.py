@@ -38,6 +38,11 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=110)
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, from whichever thread."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
 def show_plan(
     console: Console,
     config: PipelineConfig,

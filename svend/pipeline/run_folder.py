@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
+from svend.tracking.spool import SPOOL
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -79,6 +81,18 @@ class RunFolder:
             (path / name).write_text(text, encoding="utf-8")
         folder._write_identity()
         return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Return the run that a folder is of. Raises UserError if it is of none, or damaged."""
+        try:
+            told = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+            return cls(path, RunIdentity(**{**told, "precision": Precision(told["precision"])}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{path / RUN_FILE}: damaged ({reason}); restore it, or move the folder away"
+            ) from None
 
     @classmethod
     def find_unfinished(cls, checkpoint_dir: str, experiment: str, scale: str) -> RunFolder:
@@ -159,6 +173,11 @@ class RunFolder:
                 "restore them, or begin another run"
             )
 
+    @property
+    def spool_path(self) -> Path:
+        """Where what the run tells its tracking store is written first."""
+        return self.path / SPOOL
+
     def mark_finished(self) -> None:
         self.identity = replace(self.identity, finished=True)
         self._write_identity()
@@ -168,6 +187,7 @@ class RunFolder:
         if not _has_checkpoint(self.path):
             for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE, HYPERPARAMETERS):
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.spool_path, ignore_errors=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
@@ -220,14 +240,7 @@ def _existing(checkpoint_dir: str, experiment: str) -> Iterable[RunFolder]:
         if number.isdecimal():
             numbered[int(number)] = path
     for _, path in sorted(numbered.items()):
-        if not (path / RUN_FILE).is_file():
-            continue
-        try:
-            told = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-            identity = RunIdentity(**{**told, "precision": Precision(told["precision"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path / RUN_FILE}: damaged ({error}); restore it, or move the folder away"
-            ) from None
-        if identity.experiment == experiment:
-            yield RunFolder(path, identity)
+        if (path / RUN_FILE).is_file():
+            folder = RunFolder.open(path)
+            if folder.identity.experiment == experiment:
+                yield folder

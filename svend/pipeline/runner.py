@@ -46,6 +46,7 @@ from svend.pipeline.record import (
 from svend.pipeline.report import (
     TrainingProgress,
     make_console,
+    say,
     show_checks,
     show_measured,
     show_next_steps,
@@ -60,6 +61,7 @@ from svend.pipeline.validation import (
     PipelineValidator,
     ValidationResult,
 )
+from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import (
     TrackedRun,
@@ -75,6 +77,8 @@ class PipelineResult:
     """How a run ended. `final_loss` is the held-out loss last measured, NaN if none was.
 
     `error` is the user's mistake, the failed gate or the stopped trial that ended it, if one did.
+    `interrupted_at_once`: by a second signal, or the end of the grace time; a save that was under
+    way is left to itself.
     """
 
     scale: ModelScale
@@ -84,6 +88,7 @@ class PipelineResult:
     reason: str | None = None
     error: UserError | None = None
     interrupted: bool = False
+    interrupted_at_once: bool = False
     run_id: str | None = None
     checkpoint_dir: Path | None = None
     registered: RegisteredVersion | None = None
@@ -113,7 +118,8 @@ class PipelineRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
     model_factory: builds the model of a scale in place of ReasoningTransformer. trial: what a
-    sweep wants of the run.
+    sweep wants of the run. owns_process: whether it may end the process, at the end of the grace
+    time after a signal.
     """
 
     def __init__(
@@ -121,10 +127,13 @@ class PipelineRunner:
         config: PipelineConfig,
         model_factory: ModelFactory | None = None,
         trial: TrialRun | None = None,
+        *,
+        owns_process: bool = False,
     ) -> None:
         self.config = config
         self.model_factory = model_factory
         self.trial = trial
+        self.owns_process = owns_process
         self.validator = PipelineValidator(
             strict=config.strict_validation,
             gates=config.gates,
@@ -180,7 +189,8 @@ class PipelineRunner:
         status, reason = "FINISHED", None
         failure: UserError | None = None
         registered = None
-        with StopSignals() as signals:
+        grace_seconds = self.config.grace_seconds
+        with StopSignals(grace_seconds, exits=self.owns_process) as signals:
             try:
                 config = _within_experiment(self.config).resolve()
                 mount_google_drive(Path(config.checkpoint_dir).expanduser())
@@ -216,15 +226,9 @@ class PipelineRunner:
                 status, reason = "FAILED", f"{type(error).__name__}: {error}"
                 raise
             finally:
-                if self._job is not None:
-                    self._close_checkpoints(self._job)
-                    if not self._job.manager.list_checkpoints():
-                        self._job.folder.discard_if_empty()
-                    self._job.folder.release()
+                signals.closing()
                 if tracked is not None:
-                    unsent = tracked.end(status, reason)
-                    if unsent is not None:
-                        self._console.print(unsent, soft_wrap=True)
+                    self._close(tracked, signals, status, reason)
                 elif reason is not None:
                     end_joined_run(status, reason)
         return PipelineResult(
@@ -235,6 +239,7 @@ class PipelineRunner:
             reason=reason,
             error=failure,
             interrupted=status == "KILLED",
+            interrupted_at_once=signals.at_once,
             run_id=tracked.run_id if tracked else None,
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,
@@ -256,9 +261,27 @@ class PipelineRunner:
         )
         return show_checks(self._console, checks.run())
 
+    def _close(
+        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None
+    ) -> None:
+        """Wait for what is on its way, as long as there is time, and end the run."""
+        job = self._job
+        if job is not None and not signals.at_once:
+            self._close_checkpoints(job)
+        wait_seconds = min(self.config.tracking_wait_seconds, signals.remaining_seconds / 2)
+        unsent = tracked.end(status, reason, wait_seconds, lambda: signals.at_once)
+        for line in unsent:
+            say(self._console, line)
+        if job is not None:
+            if not unsent and not signals.at_once and not job.manager.list_checkpoints():
+                job.folder.discard_if_empty()
+            job.folder.release()
+
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
         if folder is not None:
-            tracked = TrackedRun.resume(folder.identity.run_id)
+            tracked = TrackedRun.resume_spooled(
+                folder.spool_path, lambda line: say(self._console, line)
+            )
         elif self.trial is not None:
             tracked = TrackedRun.begin(
                 config.training.experiment_name, self.trial.name, self.trial.parent_run_id
@@ -305,6 +328,7 @@ class PipelineRunner:
                     self._settle(job)
                 if signals.requested and not last:
                     self._stop(job, signals)
+        signals.raise_if_requested()
 
     def _steps(self, job: Job) -> Iterator[StepMetrics]:
         steps = train_steps(job.state, job.config.training, job.plan.total_steps)
@@ -346,8 +370,6 @@ class PipelineRunner:
                 "step %d: loss %.4f, gradient norm %.3f, learning rate %.3g, %d tokens",
                 metrics.step, loss, norm, metrics.learning_rate, metrics.tokens,
             )
-            if metrics.step <= job.logged_step:
-                continue
             job.tracked.log_metrics(
                 {
                     "train/loss": loss,
@@ -363,15 +385,13 @@ class PipelineRunner:
                 metrics.step,
             )
 
-        epochs = job.state.stream.epochs_by_source()
-        if pending[-1].step > job.logged_step:
-            job.tracked.log_metrics(
-                {
-                    f"data/epochs/{job.corpus.counts[number].source}": epoch
-                    for number, epoch in epochs.items()
-                },
-                pending[-1].step,
-            )
+        job.tracked.log_metrics(
+            {
+                f"data/epochs/{job.corpus.counts[number].source}": epoch
+                for number, epoch in job.state.stream.epochs_by_source().items()
+            },
+            pending[-1].step,
+        )
 
     def _gate_quick(self, job: Job, loss: float) -> None:
         evidence = Evidence(
@@ -391,7 +411,7 @@ class PipelineRunner:
         if math.isnan(job.first_loss):
             job.first_loss = measured.loss
         if job.state.step <= job.evaluated_step:
-            return measured  # logged before, by this process or by the one that was killed
+            return measured  # logged before
         job.evaluated_step = job.state.step
         bytes_per_token = job.heldout.bytes_per_token(training.heldout_sequences)
         job.tracked.log_metrics(
@@ -522,7 +542,7 @@ class PipelineRunner:
         """Begin to save; `_settle` ends it."""
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
         with job.spending("tracking"):
-            job.tracked.flush()
+            job.tracked.keep()
         state, manager = job.state, job.manager
         save = manager.save_in_background if job.plan.saves_in_background else manager.save
         with job.spending("saving"):
@@ -631,13 +651,16 @@ class PipelineRunner:
         registered = None
         if best is not None and self.trial is None:
             rows = job.folder.read_verdicts(best.weights_sha256)
-            registered = register_version(
-                job.tracked, job.folder, job.config, job.model_name, job.corpus, best,
-                self.validator, rows,
-                measurement_rows(job.measured, job.config, Evidence(
-                    best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-                )),
-            )
+            # What a version rests on is in the store before it is.
+            job.tracked.flush(job.config.tracking_wait_seconds)
+            with told_by_the_store(f"{job.model_name}, trained and saved but not registered"):
+                registered = register_version(
+                    job.tracked, job.folder, job.config, job.model_name, job.corpus, best,
+                    self.validator, rows,
+                    measurement_rows(job.measured, job.config, Evidence(
+                        best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
+                    )),
+                )
             self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
             decided = {row["level"] for row in rows}
             for level in (GateLevel.FULL, GateLevel.PRODUCTION):

@@ -25,6 +25,7 @@ from svend.errors import TrackingError
 from svend.tracking.chat_model import describe_model
 from svend.tracking.ledger import retried, told_by_the_store
 
+CHECKPOINT_TAG = "svend.checkpoint_sha256"
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -151,6 +152,20 @@ def _known_versions(client: MlflowClient, name: str) -> str:
         return f"there are the models {', '.join(names)}" if names else "there is no model"
     aliases = ", ".join(f"@{alias} = {version}" for alias, version in model.aliases.items())
     return f"{name} has the aliases {aliases}" if aliases else f"{name} has no alias"
+
+
+def find_version(name: str, run_id: str, checkpoint_sha256: str) -> RegisteredVersion | None:
+    """Return the version that a run has of a checkpoint, if there is one.
+
+    A version is made after all of its files are there, so that it is whole.
+    """
+    client = MlflowClient()
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.tags.get(CHECKPOINT_TAG) == checkpoint_sha256:
+            opened = open_version(f"models:/{name}/{version.version}")
+            hashes = {path.name: file_digest(path) for path in opened.folder.iterdir()}
+            return RegisteredVersion(name, str(version.version), hashes)
+    return None
 
 
 def register_checkpoint(
