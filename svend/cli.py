@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from svend import __version__
+from svend.bench import chaos_command, parametrisation_command
 from svend.bench import command as bench_command
-from svend.bench import parametrisation_command
 from svend.errors import ConfigError, Interrupted, UserError
 from svend.pipeline import exchange_command, sync_command
 from svend.pipeline.config import (
@@ -58,7 +58,7 @@ SHOWN = {
     "export": exchange_command.run_export, "import": exchange_command.run_import,
     "sync": sync_command.run,
 }
-WITHOUT_CONFIG = ("scales", "bench", "coordcheck", "audit", *SHOWN)
+WITHOUT_CONFIG = ("chaos", "scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
 EXIT_USER_ERROR = 1
 
@@ -83,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    if known.command == "chaos":
+        chaos_command.run(known, _overrides(rest))
+        return 0
     name = f"bench {known.kind}" if known.command == "bench" else known.command
     if rest:
         raise ConfigError(f"{name} takes no option {rest[0]}; see --help")
@@ -173,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", "tell the tracking store what it missed",
          "Send the tracking store what runs could not, for it was down or they were killed.",
          sync_command.HELP, sync_command.add_options),
+        ("chaos", "kill runs and see whether they end the same",
+         "Train a small run, kill and resume it, and compare with one that never was killed.",
+         chaos_command.HELP, chaos_command.add_options),
         ("serve", "answer chats by a registered version",
          "Serve a version by OpenAI's chat completions: streaming, a bearer token, limits, a "
          "bounded queue.", serve_command.HELP, serve_command.add_options),

@@ -78,11 +78,11 @@ class Workplace:
         pairs = [w for k, v in self.overrides(**changes).items() for w in ("-P", f"{k}={v}")]
         return ["mlflow", "run", str(ROOT), "--env-manager", "local", *options, *pairs]
 
-    def start(self, command: list[str]) -> subprocess.Popen[str]:
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         # The folder is this one: what a run leaves must not land in the project's.
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=self.folder, env={**self.environment, **environment}, text=True,
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:

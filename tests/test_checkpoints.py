@@ -664,12 +664,15 @@ def _config(
 
 def _create(
     folder: Path, run_id: str = "r", scale: str = "tiny", experiment: str = "svend",
-    saved: bool = True,
+    begun: bool = True, saved: bool = True,
 ) -> RunFolder:
     identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a", "cpu",
                            Precision.FP32, False)
     run = RunFolder.create(_config(folder, experiment, scale), identity)
-    if saved:
+    if begun:
+        run.spool_path.mkdir()
+        (run.spool_path / "address.json").touch()
+    if begun and saved:
         (run.path / "step_00000001").mkdir()
     return run
 
@@ -702,7 +705,7 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
     _create(tmp_path, "wanted")
     _create(tmp_path, "finished").mark_finished()
     _create(tmp_path, "another scale", "small")
-    _create(tmp_path, "without a checkpoint", saved=False)
+    _create(tmp_path, "that the tracking store does not know", begun=False)
     _create(tmp_path, "another experiment", experiment="other")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
     assert found.identity == RunIdentity(
@@ -712,9 +715,9 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("prepare", "named"), [
-    (lambda folder: None, "no checkpoint of experiment 'svend' at scale tiny"),
-    (lambda folder: _create(folder, scale="small"), "no checkpoint"),
-    (lambda folder: _create(folder, saved=False), "no checkpoint"),
+    (lambda folder: None, "no run of experiment 'svend' at scale tiny"),
+    (lambda folder: _create(folder, scale="small"), "no run"),
+    (lambda folder: _create(folder, begun=False), "no run"),
     (lambda folder: _create(folder).mark_finished(), "is finished"),
 ])
 def test_nothing_to_resume_is_said_in_one_line(
@@ -729,10 +732,16 @@ def test_nothing_to_resume_is_said_in_one_line(
 
 
 def test_a_run_is_found_when_the_folder_of_an_earlier_one_is_gone(tmp_path: Path) -> None:
-    earlier = _create(tmp_path, "earlier", saved=False)
+    earlier = _create(tmp_path, "earlier", begun=False)
     _create(tmp_path, "later")
     earlier.discard_if_empty()
     assert RunFolder.find_unfinished(str(tmp_path), "svend", "tiny").identity.run_id == "later"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path: Path) -> None:
+    _create(tmp_path, "killed early", saved=False)
+    assert RunFolder.find_unfinished(str(tmp_path), "svend", "tiny").identity.run_id == (
+        "killed early")
 
 
 def test_a_run_of_an_experiment_with_a_similar_name_is_not_resumed(tmp_path: Path) -> None:

@@ -311,7 +311,9 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
     assert run.info.status == "FAILED"
     assert run.data.tags["svend.reason"] == line.removeprefix("error: ")
     left = {path.name for path in workplace.checkpoints.glob("svend/*")}
-    assert left <= {".lock", "run.json", "config.yaml", "verdicts.jsonl", "step_00000020"}
+    assert left <= {
+        ".lock", "run.json", "config.yaml", "tracking", "verdicts.jsonl", "step_00000020"
+    }
     assert bool(left) == ("gate" in line)
 
 

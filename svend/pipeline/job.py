@@ -122,6 +122,7 @@ def prepare_job(
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs."""
     training, model_config = config.training, planned_model(config, model_factory)
+    resumed = folder is not None
     _mirror_to_wandb(tracked, config, console)
     keep_freed_memory()
     device = resolve_device(training.device)
@@ -153,8 +154,10 @@ def prepare_job(
     )
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
-    if folder is None:
+    manager = None if folder is None else _checkpoint_manager(config, folder)
+    if manager is None or not manager.list_checkpoints():
         _load_starting_point(config, model, corpus.tokenizer, tracked)
+    if folder is None:
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
@@ -172,21 +175,29 @@ def prepare_job(
             plan.compile,
         ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
-    manager = _checkpoint_manager(config, folder)
+    manager = manager or _checkpoint_manager(config, folder)
     job = Job(
         config, device, corpus, sequences, heldout, plan, state,
         _model_name(config, model, model_factory), tracked, folder, manager, questions,
         started_seconds=time.monotonic(), carried=carried,
     )
-    if manager.list_checkpoints():
-        _, _, extra = manager.load_latest(
+    if resumed:
+        _load_progress(job)
+        # Steps between the checkpoint and a kill are trained again, to the same values.
+        tracked.go_on_from(state.step)
+        say(console, f"resuming run {tracked.run_id} from step {state.step}")
+    return job
+
+
+def _load_progress(job: Job) -> None:
+    """Bring the job to where its newest checkpoint is, if it has one."""
+    if job.manager.list_checkpoints():
+        state = job.state
+        _, _, extra = job.manager.load_latest(
             state.model, state.optimizer, state.scheduler, state.scaler
         )
         state.load_extra_state(extra)
         job.saved_step = state.step
-        tracked.go_on_from(state.step)
-        console.print(f"resuming run {tracked.run_id} from step {state.step}")
-    return job
 
 
 def _load_starting_point(

@@ -19,7 +19,7 @@ from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
-from svend.tracking.spool import SPOOL
+from svend.tracking.spool import ADDRESS, SPOOL
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -98,13 +98,14 @@ class RunFolder:
     def find_unfinished(cls, checkpoint_dir: str, experiment: str, scale: str) -> RunFolder:
         """Return the newest run of this experiment and scale that can go on.
 
-        Raises UserError if there is none.
+        One that was killed before its first checkpoint goes on from its first step. Raises
+        UserError if there is none.
         """
         finished = None
         for folder in reversed(list(_existing(checkpoint_dir, experiment))):
             if folder.identity.scale != scale:
                 continue
-            if not folder.identity.finished and _has_checkpoint(folder.path):
+            if not folder.identity.finished and folder.was_begun:
                 return folder
             finished = finished or (folder if folder.identity.finished else None)
         where = _path(checkpoint_dir, experiment, 1).absolute()
@@ -114,7 +115,7 @@ class RunFolder:
                 f"is finished ({finished.path}); leave out resume to begin another"
             )
         raise UserError(
-            f"nothing to resume: no checkpoint of experiment '{experiment}' at scale {scale} "
+            f"nothing to resume: no run of experiment '{experiment}' at scale {scale} "
             f"under {where}; check the experiment's name and checkpoint_dir"
         )
 
@@ -172,6 +173,11 @@ class RunFolder:
                 f"{self.identity.data_fingerprint[:16]}, now {data_fingerprint[:16]}); "
                 "restore them, or begin another run"
             )
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether the MLflow run knows of the folder, so that it can go on here."""
+        return (self.spool_path / ADDRESS).is_file()
 
     @property
     def spool_path(self) -> Path:

@@ -320,7 +320,8 @@ class PipelineRunner:
                     loss, speed = self._log(job, pending)
                     pending.clear()
                 progress.advance(step, loss, speed)
-                if loss is not None and (quick or not math.isfinite(loss)):
+                # Where the step is saved, QUICK is decided on the held-out loss.
+                if loss is not None and ((quick and not save) or not math.isfinite(loss)):
                     self._gate_quick(job, loss)
                 if save:
                     self._evaluate_and_save(job, metrics, signals)
