@@ -846,5 +846,5 @@ def test_a_run_folder_with_a_checkpoint_or_files_of_others_is_kept(tmp_path: Pat
     (noted.path / "notes.txt").write_text("mine")
     for run in (saved, noted):
         run.discard_if_empty()
-    assert _names(saved.path) == [".lock", "config.yaml", "run.json", "step_00000001"]
+    assert _names(saved.path) == [".lock", "config.yaml", "run.json", "step_00000001", "tracking"]
     assert (noted.path / "notes.txt").read_text() == "mine"
