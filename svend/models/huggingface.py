@@ -31,6 +31,8 @@ NAMES = {
 }
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Of any dimension, so that no product of two overflows.
+LARGEST_SIZE = 2**24
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What Mistral's own defaults would set otherwise than Llama's.
 MISTRAL_STATES = ("sliding_window", "num_key_value_heads")
@@ -130,9 +132,14 @@ def import_from_huggingface(folder: Path, name: str, vocab_size: int) -> Reasoni
             f"{folder}: has {known} entries in its vocabulary, {vocab_size} are wanted"
         )
     config.vocab_size = vocab_size
+    stored = StoredTensors(folder)
+    if config.num_hidden_layers > len(stored.names):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: num_hidden_layers = {config.num_hidden_layers}: the folder "
+            f"has {len(stored.names)} tensors, which are too few"
+        )
     with torch.device("meta"):
         model = ReasoningTransformer(config)
-    stored = StoredTensors(folder)
     state: dict[str, Tensor] = {}
     for ours, parameter in model.named_parameters():
         theirs = huggingface_name(ours)
@@ -183,7 +190,8 @@ class StoredTensors:
                 raise CheckpointError(f"{folder / INDEX_FILE}: has no weight_map")
             for tensor, file in placed.items():
                 # A name like ../../x would be read from outside of the folder.
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+                if (not isinstance(file, str) or Path(file).name != file or file in ("", "..")
+                        or "\0" in file):
                     raise CheckpointError(
                         f"{folder / INDEX_FILE}: '{file}' is no name of a file in the folder"
                     )
@@ -274,10 +282,12 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: has no {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if min(hidden, heads, config.kv_heads, config.num_hidden_layers, config.vocab_size) < 1:
-        raise CheckpointError(f"{path}: a size is below 1")
+    sizes = (hidden, heads, config.kv_heads, config.ffn_size, config.num_hidden_layers,
+             config.vocab_size, config.max_position_embeddings)
+    if not (min(sizes) >= 1 and max(sizes) <= LARGEST_SIZE):
+        raise CheckpointError(f"{path}: a size is below 1 or above {LARGEST_SIZE}")
     head_size = told.get("head_dim") or hidden // heads
     if hidden % heads or head_size != hidden // heads:
         raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
@@ -287,6 +297,8 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise CheckpointError(f"{path}: is no file")
         told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give a folder that transformers reads") from (
