@@ -129,11 +129,13 @@ def find_starting_point(place: str) -> StartingPoint:
         registration = registration_of(version.name, version.version, history)
         verify_files(version, registration)
         folder = version.folder
-        weights, sha256 = folder / WEIGHTS, registration.files[WEIGHTS]
+        weights, sha256 = folder / WEIGHTS, file_digest(folder / WEIGHTS)
         place = f"models:/{version.name}/{version.version}"
     else:
         folder = Path(place).expanduser()
-        found, _ = read_folder(folder) if folder.is_dir() else ([], [])
+        found, complaints = read_folder(folder) if folder.is_dir() else ([], [])
+        if complaints and not found:
+            raise CheckpointError(f"init_from = {place}: {complaints[-1]}")
         if not found:
             raise CheckpointError(
                 f"init_from = {place}: has no checkpoint; give a folder that svend import wrote, "
@@ -156,6 +158,6 @@ def find_starting_point(place: str) -> StartingPoint:
     if training.get("parametrisation") == Parametrisation.COMPLETEP.value:
         keys += ["base_width", "base_depth", "base_head_size"]
     base = {key: training[key] for key in keys if key in training}
-    found = StartingPoint(place, weights, sha256, tree["model"], folder / TOKENIZER, base)
-    found.read()  # before anything is begun with it; the files are mapped, not held
-    return found
+    start = StartingPoint(place, weights, sha256, tree["model"], folder / TOKENIZER, base)
+    start.read()  # before anything is begun with it; the files are mapped, not held
+    return start

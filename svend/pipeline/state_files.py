@@ -30,7 +30,9 @@ def read_state(path: Path, *, mapped: bool = False) -> Any:
         # torch's own text tells how to run the code after all.
         named = NAMED_GLOBAL.search(str(error))
         what = f"names {named[1]}, which could run code" if named else "its pickle is no state"
-        raise CheckpointError(f"{path}: cannot be loaded ({what}); use another checkpoint") from None
+        raise CheckpointError(
+            f"{path}: cannot be loaded ({what}); use another checkpoint"
+        ) from None
     except Exception as error:  # noqa: BLE001 - made-up files raise whatever torch did not foresee
         raise CheckpointError(f"{path}: cannot be loaded ({one_line(error)[:200]})") from None
 
@@ -41,7 +43,9 @@ def _check_archive(path: Path) -> None:
     A bare pickle, TorchScript, the format before zip, and an archive that unpacks to more than its
     own size.
     """
-    fault = CheckpointError(f"{path}: is no archive as torch.save writes it; use another checkpoint")
+    fault = CheckpointError(
+        f"{path}: is no archive as torch.save writes it; use another checkpoint"
+    )
     if not zipfile.is_zipfile(path):
         raise fault
     with zipfile.ZipFile(path) as archive:

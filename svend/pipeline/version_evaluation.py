@@ -14,7 +14,7 @@ from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
 from svend.data.tokenizer import DocumentTokenizer
 from svend.device import check_precision, resolve_device, resolve_precision
-from svend.errors import ConfigError
+from svend.errors import CheckpointError, ConfigError
 from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
@@ -30,6 +30,7 @@ from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.pipeline.version_files import (
     TOKENIZER,
+    WEIGHTS,
     load_version_model,
     load_version_tokenizer,
 )
@@ -60,6 +61,11 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
         version.name, version.version, Moves.find(version.name).history()
     )
     verify_files(version, registration)
+    for name in (WEIGHTS, CONFIG_FILE, TOKENIZER):
+        if name not in registration.files:
+            raise CheckpointError(
+                f"model {model_uri}: {name} is not among the files that were registered"
+            )
     return load_files(version, registration.checkpoint_sha256, overrides)
 
 
