@@ -310,7 +310,11 @@ def _local_files(
 ) -> tuple[list[Path], list[Path]]:
     """The train and held-out files of a source under a path."""
     path = Path(place).expanduser()
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise DataError(f"data.path {place[:200]}: cannot be read ({error.strerror})") from None
+    if not found:
         raise DataError(f"data.path {path.absolute()}: no such file or folder")
     shared = len(data.sources) > 1 and source.path is None
     if path.is_file():

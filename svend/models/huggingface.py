@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,8 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
             raise CheckpointError(
                 f"{path}: rope_parameters.{key} = {rotary[key]}, must be {wanted}"
             )
-    if "rope_theta" in told and rotary.get("rope_theta", told["rope_theta"]) != told["rope_theta"]:
+    both = {"rope_theta"} <= told.keys() & rotary.keys()
+    if both and rotary["rope_theta"] != told["rope_theta"]:
         raise CheckpointError(f"{path}: rope_theta is {told['rope_theta']}, and "
                               f"{rotary['rope_theta']} in rope_parameters")
     try:
@@ -288,6 +290,9 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
              config.vocab_size, config.max_position_embeddings)
     if not (min(sizes) >= 1 and max(sizes) <= LARGEST_SIZE):
         raise CheckpointError(f"{path}: a size is below 1 or above {LARGEST_SIZE}")
+    for key, number in (("rope_theta", config.rope_theta), ("rms_norm_eps", config.rms_norm_eps)):
+        if not (number > 0 and math.isfinite(number)):
+            raise CheckpointError(f"{path}: {key} = {number}: must be above 0")
     head_size = told.get("head_dim") or hidden // heads
     if hidden % heads or head_size != hidden // heads:
         raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "

@@ -181,7 +181,9 @@ class ModelConfig:
         return embedding_and_head + self.num_block_parameters() + self.hidden_size
 
     def check(self) -> None:
-        """Raise ConfigError for a shape that no transformer has."""
+        """Raise ConfigError for a shape that no transformer has, or a name that no registry takes."""
+        _require(bool(self.name.strip()) and not set(self.name) & set("/:@"), "model.name",
+                 repr(self.name), "a name without /, : and @, for the registry")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
                      "num_key_value_heads", "intermediate_size", "max_position_embeddings"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
@@ -249,6 +251,8 @@ class DataConfig:
         """Raise ConfigError for a mix that cannot be made."""
         where = "training.data"
         _require(bool(self.sources), f"{where}.sources", self.sources, "at least one source")
+        _require(len(set(self.sources)) == len(self.sources), f"{where}.sources", self.sources,
+                 "each named once")
         ratios = self.mix_ratios
         _require(
             bool(ratios)
