@@ -286,18 +286,25 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
         raise CheckpointError(f"{path}: has no {error.args[0]}") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    sizes = (hidden, heads, config.kv_heads, config.ffn_size, config.num_hidden_layers,
+    _check_sizes(config, path)
+    if heads < 1:
+        raise CheckpointError(f"{path}: num_attention_heads is below 1")
+    head_size = told.get("head_dim") or hidden // heads
+    if hidden % heads or head_size != hidden // heads:
+        raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
+                              f"num_attention_heads, {hidden} / {heads}")
+    return config
+
+
+def _check_sizes(config: TransformerConfig, path: Path) -> None:
+    """Raise CheckpointError for numbers that no model of this world has."""
+    sizes = (config.hidden_size, config.heads, config.kv_heads, config.ffn_size, config.num_hidden_layers,
              config.vocab_size, config.max_position_embeddings)
     if not (min(sizes) >= 1 and max(sizes) <= LARGEST_SIZE):
         raise CheckpointError(f"{path}: a size is below 1 or above {LARGEST_SIZE}")
     for key, number in (("rope_theta", config.rope_theta), ("rms_norm_eps", config.rms_norm_eps)):
         if not (number > 0 and math.isfinite(number)):
             raise CheckpointError(f"{path}: {key} = {number}: must be above 0")
-    head_size = told.get("head_dim") or hidden // heads
-    if hidden % heads or head_size != hidden // heads:
-        raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
-                              f"num_attention_heads, {hidden} / {heads}")
-    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
