@@ -298,8 +298,8 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
 
 def _check_sizes(config: TransformerConfig, path: Path) -> None:
     """Raise CheckpointError for numbers that no model of this world has."""
-    sizes = (config.hidden_size, config.heads, config.kv_heads, config.ffn_size, config.num_hidden_layers,
-             config.vocab_size, config.max_position_embeddings)
+    sizes = (config.hidden_size, config.heads, config.kv_heads, config.ffn_size,
+             config.num_hidden_layers, config.vocab_size, config.max_position_embeddings)
     if not (min(sizes) >= 1 and max(sizes) <= LARGEST_SIZE):
         raise CheckpointError(f"{path}: a size is below 1 or above {LARGEST_SIZE}")
     for key, number in (("rope_theta", config.rope_theta), ("rms_norm_eps", config.rms_norm_eps)):
