@@ -29,7 +29,7 @@ from svend.pipeline.loading import load_config, load_saved_config
 from svend.pipeline.options import GatesConfig, ModelConfig, TrainingConfig
 from svend.pipeline.schema import build, flatten, parse_value, read_yaml, to_tree, to_yaml
 
-few = settings(max_examples=60, deadline=None, derandomize=True,
+few = settings(max_examples=40, deadline=None, derandomize=True,
                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 fewer = settings(few, max_examples=12)
 
@@ -161,7 +161,7 @@ def read_all(content: bytes, suffix: str, schema: str) -> None:
             assert "rows" in str(error)
 
 
-@settings(few, max_examples=150)
+@settings(few, max_examples=100)
 @given(data=st.data(), suffix=st.sampled_from(SUFFIXES), schema=st.sampled_from(SCHEMAS))
 def test_any_file_is_records_or_an_error(data: st.DataObject, suffix: str, schema: str) -> None:
     read_all(data.draw(st.binary(max_size=80) | mutations_of(VALID[suffix])), suffix, schema)
@@ -178,7 +178,7 @@ FIELDS = ["question", "answer", "problem", "generated_solution", "expected_answe
           "query", "tools", "answers", "system", "messages", "prompt", "completion", "text"]
 
 
-@settings(few, max_examples=150)
+@settings(few, max_examples=100)
 @given(record=st.dictionaries(st.sampled_from(FIELDS), JSON | JSON.map(json.dumps), max_size=5),
        schema=st.sampled_from([*SCHEMAS, "svend.data.schemas:chat_document"]))
 def test_any_record_is_a_document_or_is_named(record: dict[str, Any], schema: str) -> None:

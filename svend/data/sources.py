@@ -148,6 +148,8 @@ def locate_sources(data: DataConfig, seed: int) -> list[LocatedSource]:
     Raises ConfigError for an unknown source or a ratio without a source, DataError for a path
     that does not exist.
     """
+    if len(set(data.sources)) < len(data.sources):
+        raise ConfigError(f"training.data.sources = {data.sources}: must name each source once")
     sources = [find_source(name, data) for name in data.sources]
     from_records = [source for source in sources if isinstance(source, RecordSource)]
     if data.path is not None and not from_records:

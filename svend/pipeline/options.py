@@ -251,8 +251,6 @@ class DataConfig:
         """Raise ConfigError for a mix that cannot be made."""
         where = "training.data"
         _require(bool(self.sources), f"{where}.sources", self.sources, "at least one source")
-        _require(len(set(self.sources)) == len(self.sources), f"{where}.sources", self.sources,
-                 "each named once")
         ratios = self.mix_ratios
         _require(
             bool(ratios)
