@@ -288,7 +288,7 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
         raise CheckpointError(f"{path}: {error}") from None
     _check_sizes(config, path)
     if heads < 1:
-        raise CheckpointError(f"{path}: num_attention_heads is below 1")
+        raise CheckpointError(f"{path}: a size is below 1: num_attention_heads")
     head_size = told.get("head_dim") or hidden // heads
     if hidden % heads or head_size != hidden // heads:
         raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
