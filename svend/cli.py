@@ -11,7 +11,7 @@ from typing import NoReturn
 from svend import __version__
 from svend.bench import chaos_command, parametrisation_command
 from svend.bench import command as bench_command
-from svend.errors import ConfigError, Interrupted, UserError
+from svend.errors import ConfigError, Interrupted, UserError, one_line
 from svend.pipeline import exchange_command, sync_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _sweep(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
         return _run_pipeline(known, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("error: interrupted before the run began", file=sys.stderr)
@@ -292,7 +292,7 @@ def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[s
             _end_joined_run(error)
         raise
     except Interrupted as interruption:
-        print(f"error: {interruption}", file=sys.stderr)
+        print(f"error: {one_line(interruption)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -352,7 +352,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     result = runner.run(resume=resume == "true")
     if result.success:
         return 0
-    print(f"error: {result.reason}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
     if result.interrupted_at_once:
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way

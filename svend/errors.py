@@ -33,6 +33,17 @@ class TrialPruned(UserError):
     """A trial of a sweep that is not worth going on with; no failure."""
 
 
+def one_line(message: object) -> str:
+    """Return a message as one line of what a terminal shows and does not obey.
+
+    A message names keys and files that strangers chose, with line breaks or escape sequences.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(str(message).split())
+    )
+
+
 class Interrupted(BaseException):
     """The user or the scheduler asked the process to stop.
 

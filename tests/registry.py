@@ -75,20 +75,26 @@ def config() -> PipelineConfig:
 
 
 def make_version(
-    folder: Path, number: int, measured: dict[str, float] | None = None, model: str = MODEL
+    folder: Path, number: int, measured: dict[str, float] | None = None, model: str = MODEL,
+    more: dict[str, str] | None = None,
 ) -> MadeVersion:
-    """Register a version with measurements on record that a run of its own shows."""
+    """Register a version with measurements on record that a run of its own shows.
+
+    more: texts of files beside its config and its weights, by name.
+    """
     source = folder / f"{model}-{number}"
     source.mkdir(parents=True)
     (source / "config.yaml").write_text(to_yaml(config()), encoding="utf-8")
     (source / "model.safetensors").write_bytes(f"weights {number} of {model}".encode())
+    for name, text in (more or {}).items():
+        (source / name).write_text(text, encoding="utf-8")
     sha256 = file_digest(source / "model.safetensors")
     client = MlflowClient()
     experiment = mlflow.set_experiment("made").experiment_id
     run_id = client.create_run(experiment, run_name=f"made-{number}").info.run_id
     moves = Moves.open(model, "made by a test")
     registered = register_checkpoint(
-        model, [source / "config.yaml", source / "model.safetensors"], run_id, 7, {},
+        model, sorted(source.iterdir()), run_id, 7, {},
         {"svend.checkpoint_sha256": sha256, "svend.stage": "none"}, "made",
     )
     registration = Registration(

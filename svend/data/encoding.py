@@ -29,7 +29,7 @@ from svend.data.hygiene import (
 )
 from svend.data.records import Chunk, RowError, parse_row
 from svend.data.schemas import find_schema
-from svend.errors import DataError
+from svend.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from svend.data.tokenizer import DocumentTokenizer
@@ -206,4 +206,14 @@ def _tokenizer(path: str) -> DocumentTokenizer:
 
 @functools.lru_cache(maxsize=1)
 def _leaks(path: str | None) -> Hashes | None:
-    return None if path is None or not Path(path).is_file() else np.load(path)
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        hashes: Hashes = np.load(path, allow_pickle=False)
+        if hashes.dtype != np.uint64 or hashes.ndim != 1:
+            raise ValueError(f"an array of {hashes.dtype}")
+    except Exception as error:  # noqa: BLE001 - a damaged file fails in whatever it becomes
+        raise DataError(
+            f"{path}: damaged ({one_line(error)[:100]}); remove it, and it is made again"
+        ) from None
+    return hashes

@@ -1,6 +1,7 @@
 """Rows from local files or the hub, in chunks, each with the place that an error message can name.
 
-Nothing here holds more than a chunk, whatever the size of the file.
+Nothing here holds more than a chunk, whatever the size of the file, but for a JSON array, which is
+read whole and may have LARGEST_ARRAY_BYTES.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import sys
@@ -17,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from svend.errors import DataError
+from svend.errors import DataError, one_line
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
 CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 1000
+# What a compressed file of a few bytes must not fill the memory with.
+LONGEST_LINE_BYTES = 1 << 26
+LARGEST_ARRAY_BYTES = 1 << 30
 
 Record = dict[str, Any]
 
@@ -74,8 +79,11 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
         yield from read(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: truncated or damaged gzip ({error}); fetch it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
 def find_split(folder: Path, *names: str) -> list[Path]:
@@ -154,10 +162,18 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Chunk]]:
 def _json_lines(path: Path) -> Iterator[Chunk]:
     number = 1
     with _opened(path) as stream:
-        while lines := stream.readlines(CHUNK_BYTES):
-            if number == 1 and lines[0].lstrip().startswith(b"["):
-                yield from _json_array(path, b"".join(lines) + stream.read())
+        while block := stream.read(CHUNK_BYTES + 1):
+            if number == 1 and block.lstrip().startswith(b"["):
+                yield from _json_array(path, block + stream.read(LARGEST_ARRAY_BYTES))
                 return
+            if not block.endswith(b"\n"):
+                block += stream.readline(LONGEST_LINE_BYTES)
+            lines = io.BytesIO(block).readlines()
+            if len(lines[-1]) > LONGEST_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{number + len(lines) - 1}: a line of more than "
+                    f"{LONGEST_LINE_BYTES >> 20} MiB; write one record on each line"
+                )
             numbered = [(n, line) for n, line in enumerate(lines, number) if line.strip()]
             number += len(lines)
             if numbered:
@@ -165,9 +181,16 @@ def _json_lines(path: Path) -> Iterator[Chunk]:
 
 
 def _json_array(path: Path, content: bytes) -> Iterator[Chunk]:
+    if len(content) > LARGEST_ARRAY_BYTES:
+        raise DataError(
+            f"{path}: a JSON array of more than {LARGEST_ARRAY_BYTES >> 20} MiB; write one record "
+            "on each line"
+        )
     try:
         records = json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"{path}: not JSON (nested too deep)") from None
+    except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     for record in records:
         if not isinstance(record, dict):
@@ -180,7 +203,6 @@ def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
 
 
 def _parquet_rows(path: Path) -> Iterator[Chunk]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 1
@@ -190,8 +212,10 @@ def _parquet_rows(path: Path) -> Iterator[Chunk]:
                 rows = batch.to_pylist()
                 yield Chunk(str(path), range(number, number + len(rows)), rows, "row")
                 number += len(rows)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 - damaged values fail in whatever they become
+        raise DataError(
+            f"{path}: cannot be read ({one_line(error)[:200] or type(error).__name__})"
+        ) from None
 
 
 def _csv_rows(path: Path) -> Iterator[Chunk]:

@@ -148,6 +148,8 @@ def locate_sources(data: DataConfig, seed: int) -> list[LocatedSource]:
     Raises ConfigError for an unknown source or a ratio without a source, DataError for a path
     that does not exist.
     """
+    if len(set(data.sources)) < len(data.sources):
+        raise ConfigError(f"training.data.sources = {data.sources}: must name each source once")
     sources = [find_source(name, data) for name in data.sources]
     from_records = [source for source in sources if isinstance(source, RecordSource)]
     if data.path is not None and not from_records:
@@ -310,7 +312,11 @@ def _local_files(
 ) -> tuple[list[Path], list[Path]]:
     """The train and held-out files of a source under a path."""
     path = Path(place).expanduser()
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise DataError(f"data.path {place[:200]}: cannot be read ({error.strerror})") from None
+    if not found:
         raise DataError(f"data.path {path.absolute()}: no such file or folder")
     shared = len(data.sources) > 1 and source.path is None
     if path.is_file():

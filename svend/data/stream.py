@@ -8,6 +8,7 @@ the mix holds over any stretch, and any row is known without having read the one
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -295,7 +296,7 @@ class BatchStream:
         return {"next_sequence": self.next_sequence}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.next_sequence = state["next_sequence"]
+        self.next_sequence = operator.index(state["next_sequence"])
         self._ahead.clear()
 
 

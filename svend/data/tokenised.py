@@ -28,7 +28,7 @@ import numpy.typing as npt
 from svend.data.chat import TEMPLATE_VERSION
 from svend.data.encoding import EncodedDocuments, EncodingSpec, encode_chunks
 from svend.data.sources import SourcePart
-from svend.errors import DataError
+from svend.errors import DataError, one_line
 
 SHARD_TOKENS = 1 << 25
 # Rows that were left out and are named in the report; all are counted.
@@ -62,9 +62,13 @@ class TokenisedPart:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.info = PartInfo(**json.loads((folder / "part.json").read_text(encoding="utf-8")))
+        self.info = _read_info(folder / "part.json")
         self.shards = sorted(folder.glob("*.tokens"))
         self.lengths: npt.NDArray[np.uint32] = self._read("lengths")
+        found = sum(shard.stat().st_size for shard in self.shards)
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        if found != tokens * np.dtype(self.info.dtype).itemsize:
+            raise _damaged(folder, "the shards are not as long as the index says")
 
     @property
     def text_bytes(self) -> npt.NDArray[np.uint32]:
@@ -87,7 +91,39 @@ class TokenisedPart:
         return self._read("signatures")
 
     def _read(self, name: str) -> npt.NDArray[Any]:
-        return np.concatenate([np.load(path)[name] for path in sorted(self.folder.glob("*.npz"))])
+        indexes = sorted(self.folder.glob("*.npz"))
+        if not indexes:
+            raise _damaged(self.folder, "it has no index")
+        return np.concatenate([_read_index(path, name) for path in indexes])
+
+
+def _read_info(path: Path) -> PartInfo:
+    try:
+        info = PartInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path.parent, f"{path.name}: {one_line(error)[:100]}") from None
+    # The shards are mapped as this: an array of objects would take any bytes for pointers.
+    if info.dtype not in ("uint16", "uint32") or not isinstance(info.sha256, str):
+        raise _damaged(path.parent, f"{path.name}: dtype {info.dtype}")
+    return info
+
+
+def _read_index(path: Path, name: str) -> npt.NDArray[Any]:
+    """Return an array of a shard's index; one of objects, which is a pickle, is never loaded."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            array: npt.NDArray[Any] = arrays[name]
+    except Exception as error:  # noqa: BLE001 - a damaged archive fails in whatever it becomes
+        raise _damaged(path.parent, f"{path.name}: {one_line(error)[:100]}") from None
+    if name == "lengths" and (array.dtype != np.uint32 or array.ndim != 1):
+        raise _damaged(path.parent, f"{path.name}: lengths are {array.dtype}")
+    return array
+
+
+def _damaged(folder: Path, reason: str) -> DataError:
+    return DataError(
+        f"tokenised data {folder}: damaged ({reason}); remove the folder, and it is made again"
+    )
 
 
 def tokenise(
@@ -175,7 +211,7 @@ def _resume(folder: Path) -> tuple[int, int]:
     """Return how many chunks the whole shards hold, and how many shards; remove the rest."""
     chunks = shards = 0
     while (index := folder / f"{shards:05d}.npz").is_file():
-        chunks = int(np.load(index)["chunks"])
+        chunks = int(_read_index(index, "chunks"))
         shards += 1
     whole = {f"{number:05d}{suffix}" for number in range(shards) for suffix in (".npz", ".tokens")}
     for path in folder.iterdir():
@@ -219,15 +255,20 @@ def _check_unchanged(part: SourcePart, stamps: list[tuple[int, int]]) -> None:
 
 
 def _finish(folder: Path, part: SourcePart) -> None:
-    indexes = [np.load(path) for path in sorted(folder.glob("*.npz"))]
-    digest = hashlib.sha256("".join(str(index["sha256"]) for index in indexes).encode())
+    indexes = sorted(folder.glob("*.npz"))
+
+    def entries(name: str) -> list[npt.NDArray[Any]]:
+        return [_read_index(index, name) for index in indexes]
+
+    digest = hashlib.sha256("".join(map(str, entries("sha256"))).encode())
+    lengths = entries("lengths")
     info = PartInfo(
-        documents=sum(len(index["lengths"]) for index in indexes),
-        tokens=sum(int(index["lengths"].sum(dtype=np.int64)) for index in indexes),
+        documents=sum(map(len, lengths)),
+        tokens=sum(int(each.sum(dtype=np.int64)) for each in lengths),
         sha256=digest.hexdigest(),
-        dtype=str(indexes[0]["dtype"]),
-        dropped_rows=sum(int(index["dropped_rows"]) for index in indexes),
-        named_rows=[str(row) for index in indexes for row in index["named_rows"]][:NAMED_ROWS],
+        dtype=str(entries("dtype")[0]),
+        dropped_rows=sum(map(int, entries("dropped_rows"))),
+        named_rows=[str(row) for rows in entries("named_rows") for row in rows][:NAMED_ROWS],
         identity=part.identity,
     )
     writing = folder / "part.json.writing"

@@ -42,10 +42,8 @@ class DocumentTokenizer:
         self.origin = origin
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.control_ids = {token: vocabulary[token] for token in CONTROL_TOKENS}
-
-    @property
-    def size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # Not the number of entries: a file may leave ids out, and the embedding is read by id.
+        self.size = max(vocabulary.values()) + 1
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ NAMES = {
 }
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Of any dimension, so that no product of two overflows.
+LARGEST_SIZE = 2**24
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What Mistral's own defaults would set otherwise than Llama's.
 MISTRAL_STATES = ("sliding_window", "num_key_value_heads")
@@ -130,9 +133,14 @@ def import_from_huggingface(folder: Path, name: str, vocab_size: int) -> Reasoni
             f"{folder}: has {known} entries in its vocabulary, {vocab_size} are wanted"
         )
     config.vocab_size = vocab_size
+    stored = StoredTensors(folder)
+    if config.num_hidden_layers > len(stored.names):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: num_hidden_layers = {config.num_hidden_layers}: the folder "
+            f"has {len(stored.names)} tensors, which are too few"
+        )
     with torch.device("meta"):
         model = ReasoningTransformer(config)
-    stored = StoredTensors(folder)
     state: dict[str, Tensor] = {}
     for ours, parameter in model.named_parameters():
         theirs = huggingface_name(ours)
@@ -183,7 +191,8 @@ class StoredTensors:
                 raise CheckpointError(f"{folder / INDEX_FILE}: has no weight_map")
             for tensor, file in placed.items():
                 # A name like ../../x would be read from outside of the folder.
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+                if (not isinstance(file, str) or Path(file).name != file or file in ("", "..")
+                        or "\0" in file):
                     raise CheckpointError(
                         f"{folder / INDEX_FILE}: '{file}' is no name of a file in the folder"
                     )
@@ -255,7 +264,8 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
             raise CheckpointError(
                 f"{path}: rope_parameters.{key} = {rotary[key]}, must be {wanted}"
             )
-    if "rope_theta" in told and rotary.get("rope_theta", told["rope_theta"]) != told["rope_theta"]:
+    both = {"rope_theta"} <= told.keys() & rotary.keys()
+    if both and rotary["rope_theta"] != told["rope_theta"]:
         raise CheckpointError(f"{path}: rope_theta is {told['rope_theta']}, and "
                               f"{rotary['rope_theta']} in rope_parameters")
     try:
@@ -274,10 +284,11 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: has no {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if min(hidden, heads, config.kv_heads, config.num_hidden_layers, config.vocab_size) < 1:
-        raise CheckpointError(f"{path}: a size is below 1")
+    _check_sizes(config, path)
+    if heads < 1:
+        raise CheckpointError(f"{path}: a size is below 1: num_attention_heads")
     head_size = told.get("head_dim") or hidden // heads
     if hidden % heads or head_size != hidden // heads:
         raise CheckpointError(f"{path}: head_dim = {head_size}, must be hidden_size / "
@@ -285,8 +296,21 @@ def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerCo
     return config
 
 
+def _check_sizes(config: TransformerConfig, path: Path) -> None:
+    """Raise CheckpointError for numbers that no model of this world has."""
+    sizes = (config.hidden_size, config.heads, config.kv_heads, config.ffn_size,
+             config.num_hidden_layers, config.vocab_size, config.max_position_embeddings)
+    if not (min(sizes) >= 1 and max(sizes) <= LARGEST_SIZE):
+        raise CheckpointError(f"{path}: a size is below 1 or above {LARGEST_SIZE}")
+    for key, number in (("rope_theta", config.rope_theta), ("rms_norm_eps", config.rms_norm_eps)):
+        if not (number > 0 and math.isfinite(number)):
+            raise CheckpointError(f"{path}: {key} = {number}: must be above 0")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise CheckpointError(f"{path}: is no file")
         told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; give a folder that transformers reads") from (

@@ -24,12 +24,16 @@ from typing import Any
 import psutil
 import torch
 
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, one_line
+from svend.pipeline.state_files import read_state
 
 METADATA = "metadata.json"
 METADATA_SHA256 = "metadata_sha256"
 MODEL = "model.pt"
 EXTRA_STATE = "extra_state.pt"  # in every checkpoint
+METADATA_TYPES = {"checkpoint_id": str, "sequence": int, "step": int, "epoch": int,
+                  "metrics": dict, "created": str, "files": dict}
+ENTRY_TYPES = {"sha256": str, "bytes": int}
 CHUNK_BYTES = 4 * 2**20
 # A container's processes have the same id after every start: this tells them apart.
 PROCESS_TOKEN = secrets.token_hex(4)
@@ -81,7 +85,7 @@ def read_folder(folder: Path) -> tuple[list[Checkpoint], list[str]]:
         try:
             found.append(read_metadata(path))
         except (OSError, ValueError) as error:
-            complaints.append(f"{path}: not a checkpoint ({error}); passed over")
+            complaints.append(f"{path}: not a checkpoint ({one_line(error)}); passed over")
     return sorted(found, key=lambda c: c.age_key), complaints
 
 
@@ -101,19 +105,39 @@ def _metadata_sha256(metadata: dict[str, Any]) -> str:
 
 def _parse_metadata(path: Path, content: bytes) -> Checkpoint:
     """Return what a metadata file says; raise ValueError if it is not what was written."""
-    metadata = json.loads(content)
-    recorded = metadata.pop(METADATA_SHA256, None) if isinstance(metadata, dict) else None
-    # What has its hash has its types too: only `save` writes it.
-    if recorded != _metadata_sha256(metadata):
+    try:
+        metadata = json.loads(content)
+        recorded = metadata.pop(METADATA_SHA256, None) if isinstance(metadata, dict) else None
+        damaged = recorded != _metadata_sha256(metadata)
+    except RecursionError:
+        damaged = True
+    if damaged:
         raise ValueError(f"{METADATA} is damaged (its hash is not the recorded one)")
+    _check_types(metadata)
     checkpoint = Checkpoint(path=path, **metadata)
     if path.name != checkpoint.checkpoint_id:
         raise ValueError(f"is a copy of {checkpoint.checkpoint_id} under another name")
     for name in checkpoint.files:
         # A file named ../../x would be copied out of the folder.
-        if name in ("", ".", "..", METADATA) or "/" in name:
+        if name in ("", ".", "..", METADATA) or "/" in name or "\0" in name:
             raise ValueError(f"'{name}' is no name of a checkpoint's file")
     return checkpoint
+
+
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError unless everything has its type: a stranger can compute a hash too."""
+    for name, kind in METADATA_TYPES.items():
+        if type(metadata.get(name)) is not kind:
+            raise ValueError(f"{METADATA}: {name} is no {kind.__name__}")
+    if metadata.keys() != METADATA_TYPES.keys():
+        raise ValueError(f"{METADATA}: holds more than it should")
+    if min(metadata["sequence"], metadata["step"], metadata["epoch"]) < 0:
+        raise ValueError(f"{METADATA}: sequence, step and epoch must be at least 0")
+    if not all(type(value) in (int, float) for value in metadata["metrics"].values()):
+        raise ValueError(f"{METADATA}: a metric is no number")
+    for name, entry in metadata["files"].items():
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != ENTRY_TYPES:
+            raise ValueError(f"{METADATA}: '{name}' must have a sha256 and a number of bytes")
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -343,15 +367,6 @@ def check_loadable(path: Path, state: Mapping[str, Any]) -> None:
                     "safely; give tensors, numbers, strings, lists and dicts of them"
                 ) from None
         raise
-
-
-def read_state(path: Path) -> Any:
-    """Read a state onto the CPU; no pickled code is ever run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be loaded ({reason[:200]})") from None
 
 
 def flush_folder(folder: Path) -> None:

@@ -32,7 +32,6 @@ from svend.pipeline.checkpoint_files import (
     metadata_bytes,
     move_into_place,
     read_folder,
-    read_state,
     reason_of,
     remove_checkpoints,
     tidy_folder,
@@ -42,6 +41,7 @@ from svend.pipeline.checkpoint_files import (
     writing_place,
 )
 from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, reach_drive
+from svend.pipeline.state_files import read_state
 
 __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
            "Stateful", "verify"]
@@ -262,10 +262,12 @@ class CheckpointManager:
         # All are read before the first is changed.
         states = {name: read_state(checkpoint.path / f"{name}.pt") for name in wanted}
         extra_state = read_state(checkpoint.path / EXTRA_STATE)
+        if not isinstance(extra_state, dict):
+            raise CheckpointError(f"{checkpoint.path / EXTRA_STATE}: holds no state")
         for name, part in wanted.items():
             try:
                 part.load_state_dict(states.pop(name))
-            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.pt does not fit this {name}: "
                     f"{' '.join(str(error).split())[:300]}"

@@ -30,6 +30,8 @@ from svend.pipeline.version_evaluation import LoadedVersion, load_version
 from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER
 
 VOCABULARY_MULTIPLE = 64
+# That a model's embedding lacks; more make it another model's tokenizer.
+MOST_ADDED_TOKENS = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -92,6 +94,11 @@ def import_folder(source: Path, name: str, folder: Path | None) -> Path:
         )
     tokenizer = load_tokenizer(str(source / TOKENIZER), ANY_SIZE)
     known = read_architecture(source, name).vocab_size
+    if tokenizer.size > known + MOST_ADDED_TOKENS:
+        raise CheckpointError(
+            f"{source / TOKENIZER}: has token ids up to {tokenizer.size - 1}, and the model "
+            f"{known} entries; give the model's own tokenizer"
+        )
     entries = known
     if tokenizer.size > known:
         entries = -(-tokenizer.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -18,7 +18,7 @@ from typing import Any
 
 from svend.errors import ConfigError
 from svend.pipeline.config import Optimizer, Parametrisation, PipelineConfig, TrainingConfig
-from svend.pipeline.loading import value_at
+from svend.pipeline.loading import names_code, value_at
 from svend.pipeline.schema import build, read_yaml, to_tree, to_yaml
 from svend.tracking.run import fetch_artifact, newest_run
 
@@ -97,7 +97,14 @@ class Carried:
 
 def read_hyperparameters(path: Path) -> Hyperparameters:
     """Read a sweep's file. Raises ConfigError, in one line, for what is no such file."""
-    return build(Hyperparameters, read_yaml(path), prefix=f"{path.name}: ")
+    found = build(Hyperparameters, read_yaml(path), prefix=f"{path.name}: ")
+    for key in found.values:
+        if names_code(key):
+            raise ConfigError(
+                f"{path.name}: values.{key}: names code to run, which no sweep finds; set it by "
+                "hand, or leave it out"
+            )
+    return found
 
 
 def locate_hyperparameters(place: str, recipe: str) -> str:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svend.data.records import file_digest
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
-from svend.errors import CheckpointError, ConfigError
-from svend.pipeline.checkpoint_files import MODEL, read_folder, read_state, verify
+from svend.errors import CheckpointError, ConfigError, one_line
+from svend.pipeline.checkpoint_files import MODEL, read_folder, verify
 from svend.pipeline.config import Parametrisation, PipelineConfig
 from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.schema import read_yaml, to_tree
+from svend.pipeline.state_files import read_state
 from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER, WEIGHTS
 from svend.tracking.registry import open_version
 
@@ -87,7 +89,7 @@ class StartingPoint:
 
     def load_into(self, model: nn.Module) -> None:
         """Give a model these weights. Raises ConfigError where it is of another shape."""
-        state = self._read()
+        state = self.read()
         own = model.state_dict()
         for name in sorted({*own, *state}):
             shapes = [tuple(where[name].shape) if name in where else None for where in (own, state)]
@@ -98,10 +100,21 @@ class StartingPoint:
                 )
         model.load_state_dict(state)
 
-    def _read(self) -> dict[str, Tensor]:
-        if self.weights.name == WEIGHTS:
-            return load_file(self.weights)
-        state: dict[str, torch.Tensor] = read_state(self.weights)
+    def read(self) -> dict[str, Tensor]:
+        """Return the weights by name. Raises CheckpointError for a file that holds none."""
+        if self.weights.name != WEIGHTS:
+            state: dict[str, torch.Tensor] = read_state(self.weights, mapped=True)
+        else:
+            try:
+                state = load_file(self.weights)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{self.weights}: cannot be read ({one_line(error)[:200]})"
+                ) from None
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        ):
+            raise CheckpointError(f"{self.weights}: must hold tensors by their names only")
         return state
 
 
@@ -116,11 +129,13 @@ def find_starting_point(place: str) -> StartingPoint:
         registration = registration_of(version.name, version.version, history)
         verify_files(version, registration)
         folder = version.folder
-        weights, sha256 = folder / WEIGHTS, registration.files[WEIGHTS]
+        weights, sha256 = folder / WEIGHTS, file_digest(folder / WEIGHTS)
         place = f"models:/{version.name}/{version.version}"
     else:
         folder = Path(place).expanduser()
-        found, _ = read_folder(folder) if folder.is_dir() else ([], [])
+        found, complaints = read_folder(folder) if folder.is_dir() else ([], [])
+        if complaints and not found:
+            raise CheckpointError(f"init_from = {place}: {complaints[-1]}")
         if not found:
             raise CheckpointError(
                 f"init_from = {place}: has no checkpoint; give a folder that svend import wrote, "
@@ -137,8 +152,12 @@ def find_starting_point(place: str) -> StartingPoint:
     if not isinstance(tree.get("model"), dict):
         raise ConfigError(f"{folder / CONFIG}: has no section model; give what svend import wrote")
     training = tree.get("training") or {}
+    if not isinstance(training, dict):
+        raise ConfigError(f"{folder / CONFIG}: training = {training}: must be a section")
     keys = ["parametrisation"]
     if training.get("parametrisation") == Parametrisation.COMPLETEP.value:
         keys += ["base_width", "base_depth", "base_head_size"]
     base = {key: training[key] for key in keys if key in training}
-    return StartingPoint(place, weights, sha256, tree["model"], folder / TOKENIZER, base)
+    start = StartingPoint(place, weights, sha256, tree["model"], folder / TOKENIZER, base)
+    start.read()  # before anything is begun with it; the files are mapped, not held
+    return start

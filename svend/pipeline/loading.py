@@ -18,6 +18,8 @@ MAY_CHANGE = {
     "training.data.heldout_path", "training.logging_steps", "training.profile",
     "training.save_total_limit",
 }
+# What names a Python file or module that is imported.
+NAMES_CODE = ("training.data.own_sources",)
 
 
 def load_config(
@@ -63,6 +65,13 @@ def load_saved_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 def full_key(key: str) -> str:
     """Return a dotted key as it is in the configuration: `data.` is short for `training.data.`."""
     return f"training.{key}" if key.startswith("data.") else key
+
+
+def names_code(key: str) -> bool:
+    """Whether a dotted key holds functions to import: what a stranger's file must not set."""
+    key = full_key(key)
+    return any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.")
+               for own in NAMES_CODE)
 
 
 def value_at(config: PipelineConfig, key: str) -> Any:

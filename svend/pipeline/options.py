@@ -181,7 +181,9 @@ class ModelConfig:
         return embedding_and_head + self.num_block_parameters() + self.hidden_size
 
     def check(self) -> None:
-        """Raise ConfigError for a shape that no transformer has."""
+        """Raise ConfigError for a shape that no transformer has, or a name no registry takes."""
+        _require(bool(self.name.strip()) and not set(self.name) & set("/:@"), "model.name",
+                 repr(self.name), "a name without /, : and @, for the registry")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
                      "num_key_value_heads", "intermediate_size", "max_position_embeddings"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")

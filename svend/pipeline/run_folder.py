@@ -88,7 +88,7 @@ class RunFolder:
         try:
             told = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             return cls(path, RunIdentity(**{**told, "precision": Precision(told["precision"])}))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"{path / RUN_FILE}: damaged ({reason}); restore it, or move the folder away"
@@ -212,11 +212,12 @@ class RunFolder:
         path = self.path / VERDICTS_FILE
         rows = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
+        rows = [row for row in rows if isinstance(row, dict)]
         if checkpoint_sha256 is None:
             return rows
-        return [row for row in rows if row["checkpoint_sha256"] == checkpoint_sha256]
+        return [row for row in rows if row.get("checkpoint_sha256") == checkpoint_sha256]
 
     def _write_identity(self) -> None:
         temporary = self.path / f".{RUN_FILE}"

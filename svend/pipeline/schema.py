@@ -6,27 +6,42 @@ import dataclasses
 import difflib
 import enum
 import functools
+import io
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+from yaml.events import AliasEvent
+from yaml.loader import SafeLoader
 
-from svend.errors import ConfigError
+from svend.errors import ConfigError, one_line
 
 T = TypeVar("T")
+# What a text may be to PyYAML and OmegaConf that is no plain value: a date, a set, a deep nest.
+NOT_PLAIN = (YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file of plain values; object tags are refused."""
+    """Return the mapping in a YAML file of plain values; object tags and aliases are refused."""
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        # Aliases of aliases, nested, would fill the memory from a few lines.
+        if "*" in text and any(isinstance(e, AliasEvent) for e in yaml.parse(text, SafeLoader)):
+            raise ConfigError(f"{path}: has an alias (*name); write the value out")
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deep") from None
+    except (*NOT_PLAIN, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ConfigError(f"{path}: {reason or one_line(error)[:300]}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
     return {str(key): value for key, value in tree.items()}
@@ -36,7 +51,7 @@ def parse_value(text: str) -> Any:
     """Return what a value on the command line means as YAML, else the text itself."""
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except YAMLError:
+    except NOT_PLAIN:
         return text  # the schema then accepts or refuses it
     assert isinstance(parsed, dict)
     return parsed["value"]
@@ -87,7 +102,9 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a config tree by dotted keys; the items of a list of sections by their names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        named = isinstance(value, list) and value and isinstance(value[0], dict)
+        named = isinstance(value, list) and value and all(
+            isinstance(item, dict) and isinstance(item.get("name"), str) for item in value
+        )
         section = {item["name"]: item for item in value} if named else value
         if isinstance(section, dict) and section:
             flat |= {f"{key}.{inner}": leaf for inner, leaf in flatten(section).items()}

@@ -14,6 +14,7 @@ from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
 from svend.data.tokenizer import DocumentTokenizer
 from svend.device import check_precision, resolve_device, resolve_precision
+from svend.errors import CheckpointError, ConfigError
 from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
@@ -21,6 +22,7 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
+from svend.pipeline.loading import names_code
 from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
 from svend.pipeline.report import make_console, verdict_table, verdicts_html
@@ -28,6 +30,7 @@ from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.pipeline.version_files import (
     TOKENIZER,
+    WEIGHTS,
     load_version_model,
     load_version_tokenizer,
 )
@@ -45,6 +48,7 @@ class LoadedVersion:
     tokenizer: DocumentTokenizer
     sha256: str
     device: torch.device
+    own_code_given: bool  # by hand, not by the version's config
 
 
 def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> LoadedVersion:
@@ -57,6 +61,11 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
         version.name, version.version, Moves.find(version.name).history()
     )
     verify_files(version, registration)
+    for name in (WEIGHTS, CONFIG_FILE, TOKENIZER):
+        if name not in registration.files:
+            raise CheckpointError(
+                f"model {model_uri}: {name} is not among the files that were registered"
+            )
     return load_files(version, registration.checkpoint_sha256, overrides)
 
 
@@ -72,7 +81,8 @@ def load_files(
     model = load_version_model(version.folder, config, device)
     tokenizer = load_version_tokenizer(version.folder)
     check_tokenizer(model, tokenizer)
-    return LoadedVersion(version, config, model, tokenizer, sha256, device)
+    own_code_given = any(names_code(key) for key, _ in overrides)
+    return LoadedVersion(version, config, model, tokenizer, sha256, device, own_code_given)
 
 
 def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[list[int]]:
@@ -134,8 +144,18 @@ def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
 
 
 def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
-    """Prepare the data of a version's config, by the tokenizer that the version has."""
+    """Prepare the data of a version's config, by the tokenizer that the version has.
+
+    Raises ConfigError where the version names code of its own to read them with: a registry is
+    data, and what is in it is imported only where it was given by hand.
+    """
     training = loaded.config.training
+    if training.data.own_sources and not loaded.own_code_given:
+        raise ConfigError(
+            f"model {loaded.version.name} version {loaded.version.version}: its config names "
+            f"{training.data.own_sources[0].to_document} to read its data with, which is not run "
+            "unasked; if you trust it, give --data.own_sources again"
+        )
     own = replace(training.data, tokenizer=str(loaded.version.folder / TOKENIZER))
     return build_corpus(own, loaded.model.config.vocab_size, training.seed, report)
 

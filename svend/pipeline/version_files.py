@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, one_line
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.state_files import read_state
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -27,9 +27,11 @@ def write_weights(checkpoint_weights: Path, path: Path) -> None:
     Neither is held in memory: both files are mapped. Raises CheckpointError where the state holds
     what is no tensor.
     """
-    state = torch.load(checkpoint_weights, map_location="cpu", weights_only=True, mmap=True)
+    state = read_state(checkpoint_weights, mapped=True)
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{checkpoint_weights}: holds no state_dict")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -65,8 +67,8 @@ def load_version_model(
         )
     try:
         state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({str(error)[:200]})") from None
+    except Exception as error:  # noqa: BLE001 - an unknown dtype or a size beyond memory, too
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)[:200]})") from None
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -61,7 +61,14 @@ def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
             f"host = {known.host}: is not this machine alone, and ${known.token_env} is not set; "
             "set it to a token that clients must show, or serve on 127.0.0.1"
         )
-    listener = _listen(known.host, known.port)
+    with _listen(known.host, known.port) as listener:
+        _answer(listener, known, overrides, token)
+
+
+def _answer(
+    listener: socket.socket, known: argparse.Namespace, overrides: Sequence[tuple[str, str]],
+    token: str | None,
+) -> None:
     print("starting: loading torch and mlflow", flush=True)
     import uvicorn
 

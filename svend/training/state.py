@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from svend.data.stream import BatchStream
+from svend.errors import CheckpointError, UserError, one_line
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
@@ -50,13 +51,24 @@ class TrainState:
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up where `extra_state` was taken."""
-        self.step = state["step"]
-        self.tokens = state["tokens"]
-        self.stream.load_state_dict(state["stream"])
-        torch.set_rng_state(state["rng_cpu"])
-        if "rng_cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        """Take up where `extra_state` was taken.
+
+        Raises CheckpointError for what it cannot have returned.
+        """
+        try:
+            step, tokens = int(state["step"]), int(state["tokens"])
+            self.stream.load_state_dict(state["stream"])
+            torch.set_rng_state(state["rng_cpu"])
+            if "rng_cuda" in state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint's extra state does not fit this run "
+                f"({type(error).__name__}: {one_line(error)[:200]}); resume from another"
+            ) from None
+        self.step, self.tokens = step, tokens
 
 
 def build_state(

@@ -243,7 +243,7 @@ def load_sweep(
                 f"search = {search}: must be a mapping of keys, such as "
                 "'{training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}'"
             )
-        space |= searched
+        space |= {str(key): value for key, value in searched.items()}
     config = build(SweepConfig, tree, prefix=PREFIX)
     config.check()
     dimensions = tuple(
