@@ -92,7 +92,6 @@ class Job:
     evaluated_step: int = -1
     saved_step: int = 0
     saving: Saving | None = None
-    last_finite_norm: float = math.nan
     first_loss: float = math.nan
     final_loss: float = math.nan
     start_seconds: float = math.nan
@@ -184,8 +183,10 @@ def prepare_job(
         state.load_extra_state(extra)
         job.saved_step = state.step
         # Steps between the checkpoint and a kill are trained again, to the same values.
-        job.logged_step = tracked.last_step("train/loss")
-        job.evaluated_step = tracked.last_step("eval/heldout_loss")
+        # Not so those that were logged before the run went back over them.
+        since = state.rewound_at_milliseconds or 0
+        job.logged_step = tracked.last_step("train/loss", since)
+        job.evaluated_step = tracked.last_step("eval/heldout_loss", since)
         console.print(f"resuming run {tracked.run_id} from step {state.step}")
     return job
 

@@ -107,10 +107,11 @@ class TrackedRun:
     def tracking_uri(self) -> str:
         return str(mlflow.get_tracking_uri())
 
-    def last_step(self, metric: str) -> int:
-        """Return the last step at which a metric was logged, 0 if never."""
+    def last_step(self, metric: str, since_milliseconds: int = 0) -> int:
+        """Return the last step at which a metric was logged since a time, 0 if at none."""
         history = self._client.get_metric_history(self.run_id, metric)
-        return max((point.step for point in history), default=0)
+        logged = (point.step for point in history if point.timestamp >= since_milliseconds)
+        return max(logged, default=0)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; those of `mlflow run` itself are under other names."""

@@ -11,22 +11,28 @@ from torch import nn
 
 from svend.data.stream import BatchStream
 from svend.pipeline.config import Precision, TrainingConfig
+from svend.training.guard import StepGuard
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
 
 
 @dataclass
 class TrainState:
-    """The model, what updates it, where it stands in the data, and the counts so far."""
+    """The model, what updates it, where it stands in the data, and the counts so far.
+
+    rewound_at_milliseconds: when the run went back to a checkpoint, since 1970; None if never.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
     stream: BatchStream
+    guard: StepGuard
     device: torch.device
     step: int = 0
     tokens: int = 0
+    rewound_at_milliseconds: int | None = None
 
     @property
     def rate_factor(self) -> float:
@@ -43,6 +49,8 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rewound_at_milliseconds": self.rewound_at_milliseconds,
             "rng_cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
@@ -54,6 +62,9 @@ class TrainState:
         self.step = state["step"]
         self.tokens = state["tokens"]
         self.stream.load_state_dict(state["stream"])
+        if "guard" in state:  # none in checkpoints from before there was a guard
+            self.guard.load_state_dict(state["guard"])
+            self.rewound_at_milliseconds = state["rewound_at_milliseconds"]
         torch.set_rng_state(state["rng_cpu"])
         if "rng_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -72,4 +83,5 @@ def build_state(
     factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
     scaler = torch.amp.GradScaler(device.type) if training.precision is Precision.FP16 else None
-    return TrainState(model, optimizer, scheduler, scaler, stream, device)
+    guard = StepGuard(device, training.skip_spike_deviations)
+    return TrainState(model, optimizer, scheduler, scaler, stream, guard, device)
