@@ -413,7 +413,7 @@ class PipelineRunner:
         self._settle(job)
         self._console.print(
             f"step {divergence.at.step}: {divergence.reason}; back at step {job.state.step}, and "
-            "on behind the data in between"
+            "on behind the data in between", soft_wrap=True,
         )
 
     def _gate_quick(self, job: Job) -> None:

@@ -56,7 +56,7 @@ def examine_step(
                 batch.documents_BT,
             )
         (summed * (scale / step_tokens)).backward()
-        losses.append(float(summed) / max(1, batch.predicted_tokens))
+        losses.append(float(summed.detach()) / max(1, batch.predicted_tokens))
     with torch.no_grad():
         parameters = [
             _norms(name, parameter, scale) for name, parameter in state.model.named_parameters()
