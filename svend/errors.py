@@ -29,6 +29,10 @@ class GateFailure(UserError, RuntimeError):
     """A required gate failed under strict validation."""
 
 
+class DivergenceError(UserError, RuntimeError):
+    """Training that cannot go on: step after step is skipped, or weights are not finite."""
+
+
 class TrialPruned(UserError):
     """A trial of a sweep that is not worth going on with; no failure."""
 

@@ -146,6 +146,11 @@ class PackedSequences:
                 tokens += length
         return text_bytes / tokens
 
+    def documents(self, number: int) -> list[tuple[int, int]]:
+        """Return source number and place in the part of each document in sequence `number`."""
+        found = [self._document_at(start) for start, _ in self._pieces(number)]
+        return [(int(self._part.sources[document]), document) for document in found]
+
     def _rows_by_kind(self, sequences: int) -> Ints:
         blocks, place = divmod(sequences, PERIOD)
         begun = np.bincount(self._pattern[:place], minlength=len(self._kinds))

@@ -8,7 +8,7 @@ import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -209,13 +209,14 @@ class CheckpointManager:
         optimizer: Stateful | None = None,
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
+        wanted: Callable[[Checkpoint], bool] = lambda _: True,
     ) -> tuple[int, int, dict[str, Any]]:
         """Load the newest checkpoint that is intact; return step, epoch and extra state.
 
-        A damaged one is named in a warning and passed over. Raises CheckpointError if none is
-        left.
+        A damaged one is named in a warning and passed over, one not `wanted` in silence. Raises
+        CheckpointError if none is left.
         """
-        for checkpoint in reversed(self._look()):
+        for checkpoint in filter(wanted, reversed(self._look())):
             try:
                 intact = self._intact(checkpoint)
             except UnreachableError:

@@ -92,7 +92,6 @@ class Job:
     evaluated_step: int = -1
     saved_step: int = 0
     saving: Saving | None = None
-    last_finite_norm: float = math.nan
     first_loss: float = math.nan
     final_loss: float = math.nan
     start_seconds: float = math.nan

@@ -298,6 +298,8 @@ class TrainingConfig:
     adam_beta2: float = _default("training.adam_beta2")
     adam_epsilon: float = _default("training.adam_epsilon")
     max_grad_norm: float = _default("training.max_grad_norm")
+    skip_spike_deviations: float | None = _default("training.skip_spike_deviations")
+    divergence_patience: int = _default("training.divergence_patience")
     precision: Precision = _default_enum("training.precision", Precision)
     compile: Compile = _default_enum("training.compile", Compile)
     gradient_checkpointing: bool = _default("training.gradient_checkpointing")
@@ -347,7 +349,7 @@ class TrainingConfig:
         """Raise ConfigError for a value that no run can have."""
         positive = ("num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps",
                     "save_total_limit", "quick_gate_steps", "logging_steps", "heldout_sequences",
-                    "base_width", "base_depth", "base_head_size")
+                    "base_width", "base_depth", "base_head_size", "divergence_patience")
         for name in positive:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
         steps = self.max_steps
@@ -355,6 +357,9 @@ class TrainingConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
+        deviations = self.skip_spike_deviations
+        _require(deviations is None or (math.isfinite(deviations) and deviations > 0),
+                 "training.skip_spike_deviations", deviations, "null, or above 0")
         decay = self.weight_decay
         _require(math.isfinite(decay) and decay >= 0, "training.weight_decay", decay, "at least 0")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")

@@ -18,7 +18,7 @@ from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
-from svend.pipeline.schema import flatten, read_yaml, to_tree, to_yaml
+from svend.pipeline.schema import build, flatten, read_yaml, to_tree, to_yaml
 from svend.tracking.spool import ADDRESS, SPOOL
 
 RUN_FILE = "run.json"
@@ -152,7 +152,9 @@ class RunFolder:
 
     def check_config(self, config: PipelineConfig) -> None:
         """Raise UserError, with the first difference, if the run would go on as another run."""
-        was, now = flatten(read_yaml(self.path / CONFIG_FILE)), flatten(to_tree(config))
+        # As built, so that a key that is younger than the run has its default.
+        saved = build(PipelineConfig, read_yaml(self.path / CONFIG_FILE))
+        was, now = flatten(to_tree(saved)), flatten(to_tree(config))
         for key in sorted({*was, *now}):
             if key not in MAY_CHANGE and was.get(key) != now.get(key):
                 raise UserError(

@@ -23,6 +23,14 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.divergence import (
+    Divergence,
+    StepReading,
+    fail,
+    find_divergence,
+    find_good_checkpoint,
+    go_back,
+)
 from svend.pipeline.drive_copier import mount_google_drive
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.infrastructure import InfrastructureChecks
@@ -297,13 +305,17 @@ class PipelineRunner:
         return tracked
 
     def _train(self, job: Job, signals: StopSignals) -> None:
-        """Iterate the loop; decide after each step whether to log, gate, save or stop."""
+        """Iterate the loop; decide after each step whether to log, gate, save, go back or stop.
+
+        A checkpoint due at a skipped step is put off until one is accepted.
+        """
         training, total_steps = job.config.training, job.plan.total_steps
         if job.state.step == 0:
             self._evaluate(job)
         else:
             self._decide_if_undecided(job)
         pending: list[StepMetrics] = []
+        save_due = False
         progress = TrainingProgress(self._console, total_steps, job.state.step)
         with progress, signals.deferred():
             for metrics in self._steps(job):
@@ -313,18 +325,25 @@ class PipelineRunner:
                 step, last = metrics.step, metrics.step == total_steps
                 pending.append(metrics)
                 quick = step % training.quick_gate_steps == 0 or last
-                save = step % training.save_steps == 0 or last
-                read = step % training.logging_steps == 0 or quick or save
-                loss = speed = None
+                save_due = save_due or last or step % training.save_steps == 0
+                read = step % training.logging_steps == 0 or quick or save_due
+                readings: list[StepReading] = []
                 if read or signals.requested:
-                    loss, speed = self._log(job, pending)
+                    readings, speed = self._log(job, pending)
                     pending.clear()
-                progress.advance(step, loss, speed)
-                # Where the step is saved, QUICK is decided on the held-out loss.
-                if loss is not None and ((quick and not save) or not math.isfinite(loss)):
-                    self._gate_quick(job, loss)
-                if save:
-                    self._evaluate_and_save(job, metrics, signals)
+                    progress.advance(step, readings[-1].loss, speed)
+                    divergence = find_divergence(job, readings, look_at_weights=quick or save_due)
+                    if divergence is not None:
+                        self._rewind(job, divergence)
+                        save_due, last, quick = False, False, False
+                        progress.advance(job.state.step, None, None)
+                else:
+                    progress.advance(step, None, None)
+                if quick and not save_due:  # a save decides QUICK on the held-out loss
+                    self._gate_quick(job)
+                if save_due and (last or not readings[-1].skipped):
+                    save_due = False
+                    self._evaluate_and_save(job, signals)
                 if last or (job.saving is not None and job.saving.done):
                     self._settle(job)
                 if signals.requested and not last:
@@ -344,37 +363,44 @@ class PipelineRunner:
 
         return profiled_steps(steps, job.plan.total_steps - job.state.step, folder, report)
 
-    def _log(self, job: Job, pending: list[StepMetrics]) -> tuple[float, float]:
-        """Read the pending steps from the device and log them; return last loss and tokens/s."""
-        losses = [float(metrics.loss) for metrics in pending]
-        norms = [float(metrics.gradient_norm) for metrics in pending]
-        finite_norms = [norm for norm in norms if math.isfinite(norm)]
-        job.last_finite_norm = finite_norms[-1] if finite_norms else job.last_finite_norm
+    def _log(self, job: Job, pending: list[StepMetrics]) -> tuple[list[StepReading], float]:
+        """Read the pending steps from the device and log them; return them and tokens/s."""
+        readings = [
+            StepReading(
+                metrics.step, float(metrics.loss), float(metrics.gradient_norm),
+                int(metrics.skipped_steps), int(metrics.skipped_in_a_row),
+            )
+            for metrics in pending
+        ]
         # After the reads, which wait for the device: the time is that of finished work.
         seconds = time.perf_counter() - pending[0].started_seconds
         tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
         with job.spending("tracking"):
-            self._track_steps(job, pending, losses, norms, tokens_per_second)
-        return losses[-1], tokens_per_second
+            self._track_steps(job, pending, readings, tokens_per_second)
+        for reading in readings:
+            if reading.skipped:
+                self._console.print(f"step {reading.step}: skipped ({reading})")
+        return readings, tokens_per_second
 
     def _track_steps(
         self,
         job: Job,
         pending: list[StepMetrics],
-        losses: list[float],
-        norms: list[float],
+        readings: list[StepReading],
         tokens_per_second: float,
     ) -> None:
         flops_per_second = tokens_per_second * job.plan.flops_per_token
-        for metrics, loss, norm in zip(pending, losses, norms, strict=True):
+        for metrics, reading in zip(pending, readings, strict=True):
             logger.debug(
                 "step %d: loss %.4f, gradient norm %.3f, learning rate %.3g, %d tokens",
-                metrics.step, loss, norm, metrics.learning_rate, metrics.tokens,
+                metrics.step, reading.loss, reading.gradient_norm, metrics.learning_rate,
+                metrics.tokens,
             )
             job.tracked.log_metrics(
                 {
-                    "train/loss": loss,
-                    "train/gradient_norm": norm,
+                    "train/loss": reading.loss,
+                    "train/gradient_norm": reading.gradient_norm,
+                    "train/skipped_steps": reading.skipped_steps,
                     "train/learning_rate": metrics.learning_rate,
                     "train/tokens": metrics.tokens,
                     "train/flops": float(metrics.step) * job.plan.tokens_per_step
@@ -394,7 +420,28 @@ class PipelineRunner:
             pending[-1].step,
         )
 
-    def _gate_quick(self, job: Job, loss: float) -> None:
+    def _rewind(self, job: Job, divergence: Divergence) -> None:
+        """Go back to the last good checkpoint, once; then, or where there is none, fail."""
+        self._settle(job)
+        if job.state.rewinds:
+            raise fail(job, divergence, "it had gone back to a checkpoint before")
+        checkpoint = find_good_checkpoint(job)
+        if checkpoint is None:
+            raise fail(job, divergence, "there is no good checkpoint to go back to")
+        metrics = go_back(job, divergence, checkpoint)
+        self._save(job, metrics)
+        self._settle(job)
+        self._console.print(
+            f"step {divergence.at.step}: {divergence.reason}; back at step {job.state.step}, and "
+            "on behind the data in between", soft_wrap=True,
+        )
+
+    def _gate_quick(self, job: Job) -> None:
+        """Decide QUICK on the last accepted step: what a skipped one measured moved no weight."""
+        accepted = job.state.guard.last_accepted()
+        if accepted is None:
+            return
+        loss, _ = accepted
         evidence = Evidence(
             job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
         )
@@ -425,7 +472,7 @@ class PipelineRunner:
         )
         return measured
 
-    def _evaluate_and_save(self, job: Job, metrics: StepMetrics, signals: StopSignals) -> None:
+    def _evaluate_and_save(self, job: Job, signals: StopSignals) -> None:
         """Measure the weights, decide on them, and begin to save them.
 
         Benchmarks are measured at the first checkpoint after each `evaluation.every_steps`; those
@@ -435,9 +482,7 @@ class PipelineRunner:
         measured = self._evaluate(job)
         if self.trial is not None:
             self.trial.judge(job.state.step, measured.loss)
-        norm = float(metrics.gradient_norm)
-        if job.state.scaler is not None and not math.isfinite(norm):
-            norm = job.last_finite_norm  # fp16 scaling skipped the step, as it should
+        _, norm = job.state.guard.last_accepted() or (math.nan, math.nan)
         values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
         verdicts = self._decide(job, measured, norm)
         every, step = job.config.evaluation.every_steps, job.state.step

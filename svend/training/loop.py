@@ -1,7 +1,7 @@
 """The training loop: a generator that yields once per optimizer step.
 
-Whoever iterates decides when to log, evaluate, gate, save or stop. The loop itself never waits
-for the device: losses and norms are handed out as tensors.
+Whoever iterates decides when to log, evaluate, gate, save, go back or stop. The loop itself never
+waits for the device: losses, norms and what the guard decided are handed out as tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from svend.device import autocast, to_device
 from svend.pipeline.config import TrainingConfig
 from svend.training.clipping import clip_gradients
+from svend.training.optimizers import take_step
 from svend.training.state import TrainState
 
 
@@ -23,9 +24,10 @@ from svend.training.state import TrainState
 class StepMetrics:
     """One optimizer step.
 
-    `loss` (nats per predicted token, over the whole step) and `gradient_norm` (before clipping)
-    are scalars on the device: reading them waits for it. `learning_rate` is the schedule's, before
-    the factors of the parametrisation. `tokens` counts the run's predicted tokens so far.
+    `loss` (nats per predicted token, over the whole step), `gradient_norm` (before clipping),
+    `skipped_steps` (so far) and `skipped_in_a_row` (up to this step; 0 if it was not skipped) are
+    scalars on the device: reading them waits for it. `learning_rate` is the schedule's, before the
+    factors of the parametrisation. `tokens` counts the run's predicted tokens so far.
     """
 
     step: int
@@ -34,6 +36,8 @@ class StepMetrics:
     learning_rate: float
     tokens: int
     started_seconds: float
+    skipped_steps: Tensor
+    skipped_in_a_row: Tensor
 
 
 def train_steps(
@@ -42,17 +46,20 @@ def train_steps(
     """Train until `total_steps`, yielding after each optimizer step.
 
     A step is `gradient_accumulation_steps` micro-batches; its loss and gradient are means over
-    all of their tokens, so that accumulation gives the update of the one large batch.
+    all of their tokens, so that accumulation gives the update of the one large batch. A step that
+    the guard does not accept moves on in data and schedule, and leaves weights and optimizer as
+    they are.
     """
     while state.step < total_steps:
         started_seconds = time.perf_counter()
         loss, step_tokens = _accumulate_gradients(state, training)
         learning_rate = training.learning_rate * state.rate_factor
-        gradient_norm = _update(state, training.max_grad_norm)
+        gradient_norm = _update(state, loss, training.max_grad_norm)
         state.step += 1
         state.tokens += step_tokens
         yield StepMetrics(
-            state.step, loss, gradient_norm, learning_rate, state.tokens, started_seconds
+            state.step, loss, gradient_norm, learning_rate, state.tokens, started_seconds,
+            state.guard.skipped_steps, state.guard.skipped_in_a_row,
         )
 
 
@@ -73,20 +80,15 @@ def _accumulate_gradients(state: TrainState, training: TrainingConfig) -> tuple[
     return loss, step_tokens
 
 
-def _update(state: TrainState, max_grad_norm: float) -> Tensor:
+def _update(state: TrainState, loss: Tensor, max_grad_norm: float) -> Tensor:
     """Clip, step the optimizer and the schedule; return the gradient norm before clipping."""
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     gradient_norm = clip_gradients(state.model.parameters(), max_grad_norm)
-    stepped = True
+    # An overflow in fp16 makes the norm infinite: the guard skips the step, the scale is lowered.
+    take_step(state.optimizer, state.guard.accept(loss, gradient_norm))
     if state.scaler is not None:
-        scale = state.scaler.get_scale()
-        state.scaler.step(state.optimizer)
         state.scaler.update()
-        stepped = state.scaler.get_scale() >= scale  # lowered where the step was skipped
-    else:
-        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if stepped:
-        state.scheduler.step()
+    state.scheduler.step()
     return gradient_norm

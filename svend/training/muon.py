@@ -28,7 +28,10 @@ class Muon(torch.optim.Optimizer):
 
     parameters: matrices, or groups of them with settings of their own, as torch takes them.
     dtype: of the iteration; None for bf16, or fp32 on a CPU without products in bf16.
+    found_inf: where it is 1, as torch's fused optimizers have it, a step changes nothing.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -46,13 +49,14 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take a step; a closure is not supported."""
         assert closure is None
+        skipped = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
             # The two sides of a matrix may change places: a wide one is as good as a tall one.
             alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     rows, columns = parameter.shape
-                    moved = self._with_momentum(parameter)
+                    moved = self._with_momentum(parameter, skipped)
                     key = (min(rows, columns), max(rows, columns))
                     alike[key].append((parameter, moved if rows <= columns else moved.T))
             for (_, larger), matrices in alike.items():
@@ -61,18 +65,25 @@ class Muon(torch.optim.Optimizer):
                 )
                 length = group["lr"] * 0.2 * larger**0.5
                 for (parameter, _), step_RC in zip(matrices, steps_NRC, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    updated = parameter * (1 - group["lr"] * group["weight_decay"])
                     wide = parameter.shape == step_RC.shape
-                    parameter.add_(step_RC if wide else step_RC.T, alpha=-length)
+                    updated.add_(step_RC if wide else step_RC.T, alpha=-length)
+                    _put(parameter, updated, skipped)
 
-    def _with_momentum(self, parameter: nn.Parameter) -> Tensor:
+    def _with_momentum(self, parameter: nn.Parameter, skipped: Tensor | None) -> Tensor:
         """Return the gradient with Nesterov's momentum."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+        updated = state["momentum_buffer"].lerp(parameter.grad, 1 - MOMENTUM)
+        _put(state["momentum_buffer"], updated, skipped)
         return parameter.grad.lerp(state["momentum_buffer"], MOMENTUM)
+
+
+def _put(tensor: Tensor, updated: Tensor, skipped: Tensor | None) -> None:
+    """Set a tensor to its update where the step is not skipped, by selection: 0 x NaN is NaN."""
+    tensor.copy_(updated if skipped is None else torch.where(skipped, tensor, updated))
 
 
 def orthogonalize(x_NRC: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svend.errors import ConfigError
 from svend.models.parametrisation import (
@@ -84,8 +84,21 @@ def _alike(
     return list(alike.items())
 
 
+def take_step(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
+    """Take a step, or none if `accepted` is false, as decided on the device.
+
+    Then parameters, moments and counts stay as they are, bit for bit, whatever the gradients hold:
+    the fused AdamW and our Muon look at `found_inf`, as for `torch.amp.GradScaler`.
+    """
+    optimizer.found_inf = (~accepted).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.found_inf = None  # type: ignore[attr-defined]
+
+
 class OptimizerPair(torch.optim.Optimizer):
     """Two optimizers of different parameters, as one: its groups are theirs."""
+
+    found_inf: Tensor | None = None  # see take_step
 
     def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
         self._pair = (first, second)
@@ -96,6 +109,7 @@ class OptimizerPair(torch.optim.Optimizer):
         """Take a step with both; a closure is not supported."""
         assert closure is None
         for optimizer in self._pair:
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

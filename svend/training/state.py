@@ -12,22 +12,28 @@ from torch import nn
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, UserError, one_line
 from svend.pipeline.config import Precision, TrainingConfig
+from svend.training.guard import StepGuard
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
 
 
 @dataclass
 class TrainState:
-    """The model, what updates it, where it stands in the data, and the counts so far."""
+    """The model, what updates it, where it stands in the data, and the counts so far.
+
+    rewinds: how often the run went back to a checkpoint because it diverged.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
     stream: BatchStream
+    guard: StepGuard
     device: torch.device
     step: int = 0
     tokens: int = 0
+    rewinds: int = 0
 
     @property
     def rate_factor(self) -> float:
@@ -44,6 +50,8 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rewinds": self.rewinds,
             "rng_cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
@@ -56,8 +64,9 @@ class TrainState:
         Raises CheckpointError for what it cannot have returned.
         """
         try:
-            step, tokens = int(state["step"]), int(state["tokens"])
+            step, tokens, rewinds = int(state["step"]), int(state["tokens"]), int(state["rewinds"])
             self.stream.load_state_dict(state["stream"])
+            self.guard.load_state_dict(state["guard"])
             torch.set_rng_state(state["rng_cpu"])
             if "rng_cuda" in state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -68,7 +77,7 @@ class TrainState:
                 f"the checkpoint's extra state does not fit this run "
                 f"({type(error).__name__}: {one_line(error)[:200]}); resume from another"
             ) from None
-        self.step, self.tokens = step, tokens
+        self.step, self.tokens, self.rewinds = step, tokens, rewinds
 
 
 def build_state(
@@ -84,4 +93,5 @@ def build_state(
     factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
     scaler = torch.amp.GradScaler(device.type) if training.precision is Precision.FP16 else None
-    return TrainState(model, optimizer, scheduler, scaler, stream, device)
+    guard = StepGuard(device, training.skip_spike_deviations)
+    return TrainState(model, optimizer, scheduler, scaler, stream, guard, device)

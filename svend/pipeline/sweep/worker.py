@@ -19,7 +19,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
+from svend.errors import DivergenceError, GateFailure, Interrupted, TrialPruned, UserError
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, PipelineRunner, TrialRun
@@ -170,13 +170,14 @@ class Worker:
         study, trial, config = work.study, work.trial, work.config
         if error is not None:
             trial.set_user_attr(REASON, str(error))
-        self._has_run_one |= error is None or isinstance(error, TrialPruned | GateFailure)
+        diverged = isinstance(error, GateFailure | DivergenceError)
+        self._has_run_one |= diverged or error is None or isinstance(error, TrialPruned)
         if isinstance(error, TrialPruned):
             study.tell(trial, state=TrialState.PRUNED)
             return
         assert config.model is not None and config.training.max_steps is not None  # resolved
         loss = losses.get(config.training.max_steps, math.nan)
-        if isinstance(error, GateFailure) or (error is None and not math.isfinite(loss)):
+        if diverged or (error is None and not math.isfinite(loss)):
             # As bad as knowing nothing, and not allowed: samplers learn from that, from NaN not.
             trial.set_constraint(DIVERGED, 1.0)
             study.tell(trial, math.log(config.model.vocab_size))
