@@ -138,8 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint, at the real shape; a line for each, with what to do where one fails.",
     )
     train.add_argument(
-        "--resume", nargs="?", const="true", default="false", metavar="true|false",
+        "--resume", nargs="?", const="true", default="false", metavar="true|false|force",
         help="go on with the newest unfinished run of this experiment and scale",
+    )
+    train.add_argument(
+        "--force-resume", action="store_true",
+        help="resume also where settings, data or tokenizer are others; put on record in the run",
     )
     train.add_argument(
         "--profile", nargs="?", const="true", metavar="true|false",
@@ -309,8 +313,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
         resume = getattr(known, "resume", "false")
-        if resume not in ("true", "false"):
-            raise ConfigError(f"resume = {resume}: must be true or false")
+        if getattr(known, "force_resume", False):
+            resume = "force"
+        if resume not in ("true", "false", "force"):
+            raise ConfigError(f"resume = {resume}: must be true, false or force")
         overrides = _overrides(rest)
         if getattr(known, "profile", None) is not None:
             overrides.append(("training.profile", known.profile))
@@ -349,7 +355,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         raise
     if known.command == "validate":
         return 0 if runner.validate_infrastructure() else EXIT_USER_ERROR
-    result = runner.run(resume=resume == "true")
+    result = runner.run(resume=resume != "false", force=resume == "force")
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)

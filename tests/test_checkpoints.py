@@ -667,7 +667,7 @@ def _create(
     begun: bool = True, saved: bool = True,
 ) -> RunFolder:
     identity = RunIdentity(run_id, "sqlite:///x", experiment, scale, "da7a", "cpu",
-                           Precision.FP32, False)
+                           Precision.FP32, False, "t0ken")
     run = RunFolder.create(_config(folder, experiment, scale), identity)
     if begun:
         run.spool_path.mkdir()
@@ -683,7 +683,7 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     assert json.loads((runs[1].path / "run.json").read_text()) == {
         "run_id": "1", "tracking_uri": "sqlite:///x", "experiment": "svend", "scale": "tiny",
         "data_fingerprint": "da7a", "device": "cpu", "precision": "fp32",
-        "compiled": False, "finished": False}
+        "compiled": False, "tokenizer_sha256": "t0ken", "finished": False, "forced": []}
 
 
 @pytest.mark.parametrize("experiment", ["../../escape", "a/b", "..", ".hidden", "é ü", "   "])
@@ -709,7 +709,7 @@ def test_the_newest_unfinished_run_of_the_scale_is_found(tmp_path: Path) -> None
     _create(tmp_path, "another experiment", experiment="other")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
     assert found.identity == RunIdentity(
-        "wanted", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False
+        "wanted", "sqlite:///x", "svend", "tiny", "da7a", "cpu", Precision.FP32, False, "t0ken"
     )
     assert found.path == tmp_path / "svend-2"
 
@@ -767,11 +767,11 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
                            RunIdentity(
                                "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu",
-                               Precision.FP32, False,
+                               Precision.FP32, False, "t0ken",
                            ))
     moved = _config(tmp_path / "moved", **{"data": DataConfig(), **changes}).resolve()
     run.check_config(moved)
-    run.check_machine("da7a", "cpu")
+    run.check_machine("da7a", "t0ken", "cpu")
 
 
 @pytest.mark.parametrize(("changes", "fingerprint", "device", "named"), [
@@ -782,8 +782,9 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     ({"experiment": "other"}, "da7a", "cpu", "training.experiment_name was svend, now other"),
     ({"validation_gates": {"max_loss": 5.0}}, "da7a", "cpu", "training.validation_gates"),
     ({"data": DataConfig(max_seq_length=64)}, "da7a", "cpu", "training.data.max_seq_length"),
-    ({}, "da7a", "cuda", "it ran on cpu, this is cuda"),
-    ({}, "0ther", "cpu", "the data have changed"),
+    ({}, "da7a", "cuda", "the device was cpu, now cuda"),
+    ({}, "0ther", "cpu", "the data's fingerprint was da7a, now 0ther"),
+    ({}, "da7a", "cpu", "the tokenizer"),
 ])
 def test_a_run_is_not_resumed_as_another_run(
     tmp_path: Path, changes: dict[str, Any], fingerprint: str, device: str, named: str
@@ -791,11 +792,11 @@ def test_a_run_is_not_resumed_as_another_run(
     run = RunFolder.create(_config(tmp_path, data=DataConfig()).resolve(),
                            RunIdentity(
                                "r", "sqlite:///x", "svend", "tiny", "da7a", "cpu",
-                               Precision.FP32, False,
+                               Precision.FP32, False, "t0ken",
                            ))
     with pytest.raises(UserError, match=r"^cannot resume") as refusal:
         run.check_config(_config(tmp_path, **{"data": DataConfig(), **changes}).resolve())
-        run.check_machine(fingerprint, device)
+        run.check_machine(fingerprint, "other" if named == "the tokenizer" else "t0ken", device)
     assert named in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
 

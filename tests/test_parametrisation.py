@@ -394,7 +394,8 @@ def test_a_run_does_not_go_on_with_another_parametrisation(
     key: str, value: str, tmp_path: Path
 ) -> None:
     config = run_config(checkpoint_dir=str(tmp_path))
-    identity = RunIdentity("id", "uri", "svend", "tiny", "data", "cpu", Precision.FP32, False)
+    identity = RunIdentity("id", "uri", "svend", "tiny", "data", "cpu", Precision.FP32, False,
+                           "tokenizer")
     folder = RunFolder.create(config, identity)
     folder.check_config(config)
     with pytest.raises(UserError, match=f"^cannot resume .*{key} was .*, now {value}"):

@@ -382,7 +382,7 @@ def test_a_resumed_run_may_log_otherwise_and_only_one_process_may_train_it(
     wait_for_checkpoint(workplace, process)
     second = workplace.run(workplace.train_command("--resume", **long))
     assert second.returncode == 1
-    assert "another process is training this run" in second.stdout
+    assert "another process has this run, " in second.stdout
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     first = CheckpointManager(workplace.checkpoints / "svend").list_checkpoints()[-1].step

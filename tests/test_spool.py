@@ -299,7 +299,8 @@ def test_sync_sends_what_a_killed_process_left_and_ends_its_run(
     assert done.returncode == -signal.SIGKILL and "logged" in done.stdout
     (folder / "run.json").write_text(json.dumps({
         "run_id": "r", "tracking_uri": tracking_uri, "experiment": "killed", "scale": "tiny",
-        "data_fingerprint": "d", "device": "cpu", "precision": "fp32", "compiled": False}))
+        "data_fingerprint": "d", "device": "cpu", "precision": "fp32", "compiled": False,
+        "tokenizer_sha256": "t"}))
     held = RunFolder.open(folder)
     held.hold()
     with pytest.raises(UserError, match="process"):
@@ -355,7 +356,8 @@ def test_sync_says_in_one_line_what_is_wrong(
     run.end("FINISHED", None, 10)
     (tmp_path / "svend" / "run.json").write_text(json.dumps({
         "run_id": "r", "tracking_uri": tracking_uri, "experiment": "unsynced", "scale": "tiny",
-        "data_fingerprint": "d", "device": "cpu", "precision": "fp32", "compiled": False}))
+        "data_fingerprint": "d", "device": "cpu", "precision": "fp32", "compiled": False,
+        "tokenizer_sha256": "t"}))
     (tmp_path / "svend" / "tracking" / "sent").write_text("0")
     outage(True)
     with pytest.raises(TrackingError, match="does not take what waits") as refusal:

@@ -58,10 +58,11 @@ SETTINGS = {
     "evaluation.problems": "4",
     "evaluation.max_new_tokens": "16",
 }
-# Of metrics that measure time or the machine only the steps are compared.
+# Of metrics that measure time only the steps are compared; of those that measure the machine or
+# what one process waited for nothing is.
 MEASURED_PREFIXES = ("measured/", "plan/", "system/", "eval/seconds", "train/tokens_per_second",
                      "train/flops_per_second", "train/peak_fraction")
-MACHINE_PREFIX = "system/"
+MACHINE_PREFIXES = ("system/", "save/")
 EXPERIMENT = "svend"
 POLL_SECONDS = 0.002
 RUN_SECONDS = 1800.0
@@ -265,7 +266,7 @@ def _comparable(run: StoredRun) -> dict[str, list[Any]]:
     return {
         key: [step for step, _ in points] if key.startswith(MEASURED_PREFIXES) else
         [list(point) for point in points]
-        for key, points in run.metrics.items() if not key.startswith(MACHINE_PREFIX)
+        for key, points in run.metrics.items() if not key.startswith(MACHINE_PREFIXES)
     }
 
 

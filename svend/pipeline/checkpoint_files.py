@@ -382,6 +382,14 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def format_bytes(count: float) -> str:
+    """Return a size as people read it: 12 KB, 3.4 MB, 52.0 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{max(0.0, count) / 1e3:.0f} KB"
+
+
 def reason_of(error: Exception) -> str:
     """Return why it failed, in part of a line."""
     lines = str(error).splitlines() or [type(error).__name__]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import operator
+import os
 import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from svend.errors import CheckpointError, ConfigError
 from svend.pipeline.checkpoint_files import (
@@ -28,7 +30,9 @@ from svend.pipeline.checkpoint_files import (
     check_loadable,
     copy_checkpoint,
     flush_folder,
+    format_bytes,
     has_dead_writer,
+    has_full_length,
     metadata_bytes,
     move_into_place,
     read_folder,
@@ -40,6 +44,7 @@ from svend.pipeline.checkpoint_files import (
     write_state,
     writing_place,
 )
+from svend.pipeline.config import FullDisk
 from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, reach_drive
 from svend.pipeline.state_files import read_state
 
@@ -47,6 +52,8 @@ __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpo
            "Stateful", "verify"]
 
 
+# The names, the metadata and what a state has beside its tensors.
+BYTES_BESIDE_TENSORS = 200_000
 # After each, a drive that vanished during a load is tried again.
 FETCH_PAUSES_SECONDS = (0.5, 2.0, 5.0)
 
@@ -68,6 +75,24 @@ class _Content:
     metrics: dict[str, float]
     states: dict[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """What it takes on the disk, a little more than its tensors."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in _tensors_in(self.states)
+        }
+        return sum(storages.values()) + BYTES_BESIDE_TENSORS
+
+
+class FullDiskError(CheckpointError):
+    """A checkpoint for which the disk has no room; `what` is the line without the advice."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what}; make room, set training.on_full_disk=prune, or choose another "
+                         "checkpoint_dir; earlier checkpoints are untouched")
+
 
 class CheckpointManager:
     """Saves, lists, loads and prunes the checkpoints of one run.
@@ -81,6 +106,8 @@ class CheckpointManager:
         save_total_limit: int = 3,
         best_metric: str = "loss",
         best_metric_mode: str = "min",
+        *,
+        on_full_disk: FullDisk = FullDisk.STOP,
     ) -> None:
         if not isinstance(save_total_limit, int) or save_total_limit < 1:
             raise ConfigError(f"save_total_limit = {save_total_limit!r}: must be at least 1")
@@ -90,6 +117,7 @@ class CheckpointManager:
         self.save_total_limit = save_total_limit
         self.best_metric = best_metric
         self.best_metric_mode = best_metric_mode
+        self.on_full_disk = on_full_disk
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[str] | None = None
         self._snapshots = Snapshots()
@@ -154,9 +182,41 @@ class CheckpointManager:
             wait([self._saving])
 
     def _write(self, content: _Content) -> str:
+        """Save, and where the disk is full, as `on_full_disk` says."""
+        try:
+            return self._write_once(content)
+        except FullDiskError as error:
+            if self.on_full_disk is not FullDisk.PRUNE or not self._make_room(content):
+                raise
+            warnings.warn(f"{error.what}; older checkpoints were removed for it", stacklevel=3)
+            return self._write_once(content)
+
+    def _make_room(self, content: _Content) -> bool:
+        """Remove the oldest checkpoints until a new one fits; return whether it does.
+
+        The newest that is intact stays, and the best.
+        """
+        checkpoints, _ = read_folder(self.output_dir)
+        intact = next(filter(_is_intact, reversed(checkpoints)), None)
+        best = self._best_of(checkpoints)
+        for checkpoint in checkpoints:
+            if self._missing_bytes(content) <= 0:
+                break
+            if intact is not None and checkpoint not in (intact, best):
+                remove_checkpoints([checkpoint])
+        return self._missing_bytes(content) <= 0
+
+    def _missing_bytes(self, content: _Content) -> int:
+        places = (self.output_dir, *self.output_dir.parents)
+        existing = next(path for path in places if os.path.lexists(path))
+        return content.bytes - shutil.disk_usage(existing).free
+
+    def _write_once(self, content: _Content) -> str:
         checkpoint_id = f"step_{content.step:08d}"
         writing = writing_place(self.output_dir / checkpoint_id)
         try:
+            if self._missing_bytes(content) > 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             writing.mkdir(parents=True)
             files = {f"{name}.pt": write_state(writing / f"{name}.pt", state)
                      for name, state in content.states.items()}
@@ -182,6 +242,13 @@ class CheckpointManager:
             ) from error
         except (OSError, RuntimeError) as error:
             # torch.save raises RuntimeError where the disk is full.
+            shutil.rmtree(writing, ignore_errors=True)
+            missing = self._missing_bytes(content)
+            if missing > 0:
+                raise FullDiskError(
+                    f"{self.output_dir / checkpoint_id}: the disk is full, the checkpoint needs "
+                    f"{format_bytes(content.bytes)}, {format_bytes(missing)} are missing"
+                ) from error
             raise CheckpointError(
                 f"{self.output_dir / checkpoint_id}: cannot be written ({reason_of(error)}); make "
                 "room, or choose another checkpoint_dir; earlier checkpoints are untouched"
@@ -317,7 +384,8 @@ class CheckpointManager:
 
     def _prune(self, spared: set[str]) -> list[Checkpoint]:
         """Remove what is not worth keeping, and return it."""
-        checkpoints, _ = read_folder(self.output_dir)
+        # One that is not there in full takes no other's place among those that are kept.
+        checkpoints = [c for c in read_folder(self.output_dir)[0] if has_full_length(c)]
         kept = self._worth_keeping(checkpoints) | spared
         superfluous = [c for c in checkpoints if c.checkpoint_id not in kept]
         try:
@@ -344,6 +412,8 @@ class DriveCheckpointManager(CheckpointManager):
         save_total_limit: int = 3,
         best_metric: str = "loss",
         best_metric_mode: str = "min",
+        *,
+        on_full_disk: FullDisk = FullDisk.STOP,
     ) -> None:
         """Mount Drive if `drive_path` lies on it, and copy what an earlier process could not.
 
@@ -354,7 +424,9 @@ class DriveCheckpointManager(CheckpointManager):
             self.drive_path)
         if cache == self.drive_path:
             raise ConfigError(f"local_cache = {local_cache}: is drive_path itself; choose another")
-        super().__init__(cache, save_total_limit, best_metric, best_metric_mode)
+        super().__init__(
+            cache, save_total_limit, best_metric, best_metric_mode, on_full_disk=on_full_disk
+        )
         reach_drive(self.drive_path)
         claim_cache(cache, self.drive_path)
         self._copier = DriveCopier(cache, self.drive_path, self._worth_keeping)
@@ -490,6 +562,25 @@ def _content(
         {name: _number(name, value) for name, value in (metrics or {}).items()},
         {**states, "extra_state": dict(extra_state or {})},
     )
+
+
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors_in(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors_in(value)
+
+
+def _is_intact(checkpoint: Checkpoint) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _whole_number(name: str, value: Any) -> int:

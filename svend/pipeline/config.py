@@ -18,6 +18,7 @@ from svend.pipeline.options import (
     Duplicates,
     EvaluationConfig,
     Exhausted,
+    FullDisk,
     GatesConfig,
     LongDocuments,
     LossOn,
@@ -36,8 +37,8 @@ from svend.pipeline.options import (
 
 __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
-    "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "GatesConfig",
-    "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "Optimizer", "OwnSource",
+    "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
+    "GatesConfig", "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "Optimizer", "OwnSource",
     "Parametrisation", "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig",
     "ValidationGate", "create_quick_test_config", "create_scale_test_config", "format_count",
     "get_model_config", "group_members", "load_config", "load_saved_config",

@@ -26,8 +26,9 @@ from svend.device import (
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
 from svend.pipeline.benchmarking import evaluation_sets, read_questions
+from svend.pipeline.checkpoint_files import format_bytes, read_folder
 from svend.pipeline.checkpoints import CheckpointManager, verify
-from svend.pipeline.config import Compile, ModelConfig, PipelineConfig
+from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
 from svend.planning.plan import check_memory
 from svend.tracking.run import check_tracking_store
 from svend.training.loop import train_steps
@@ -143,18 +144,7 @@ class InfrastructureChecks:
         return f"about {memory.total / 1e9:.1f} GB needed, {available / 1e9:.1f} GB available"
 
     def _check_disk(self) -> str:
-        folder = Path(self._config.checkpoint_dir).expanduser().absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        # The ones that are kept, the best, and the one being written.
-        copies = self._config.training.save_total_limit + 2
-        needed = copies * STATE_BYTES_PER_PARAMETER * self._plan_model().num_parameters()
-        if needed > free:
-            raise ResourceError(
-                f"{folder}: {copies} checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                "are free; free space, lower training.save_total_limit or set checkpoint_dir"
-            )
-        return f"{needed / 1e9:.1f} GB for checkpoints, {free / 1e9:.1f} GB free"
+        return check_disk(self._config, self._plan_model(), None)
 
     def _check_data(self) -> str:
         training, model = self._config.training, self._config.model
@@ -241,6 +231,32 @@ class InfrastructureChecks:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return f"{size / 1e6:.0f} MB saved, verified and loaded back equal"
+
+
+def check_disk(config: PipelineConfig, model: ModelConfig, run_folder: Path | None) -> str:
+    """Say what room the checkpoints of a run need and have.
+
+    run_folder: of a run that is resumed, whose checkpoints have their room. Raises ResourceError
+    if there is too little.
+    """
+    cache = config.checkpoint_cache_dir
+    folder = Path(cache or config.checkpoint_dir).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    # The ones that are kept, the best, and the one being written; pruned, one and that.
+    prunes = config.training.on_full_disk is FullDisk.PRUNE
+    copies = 2 if prunes else config.training.save_total_limit + 2
+    needed = copies * STATE_BYTES_PER_PARAMETER * model.num_parameters()
+    if run_folder is not None:
+        needed -= sum(checkpoint.bytes for checkpoint in read_folder(run_folder)[0])
+    if needed > free:
+        raise ResourceError(
+            f"{folder}: {copies} checkpoints need {format_bytes(needed)} more, "
+            f"{format_bytes(free)} are free, {format_bytes(needed - free)} are missing; make room, "
+            "lower training.save_total_limit, set training.on_full_disk=prune or another "
+            "checkpoint_dir"
+        )
+    return f"{format_bytes(needed)} for checkpoints, {format_bytes(free)} free"
 
 
 class _OneBatch(BatchStream):

@@ -42,6 +42,7 @@ from svend.pipeline.hyperparameters import (
     locate_hyperparameters,
     read_hyperparameters,
 )
+from svend.pipeline.infrastructure import check_disk
 from svend.pipeline.init_from import find_starting_point
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.report import say
@@ -50,10 +51,11 @@ from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
-from svend.tracking.run import TrackedRun
+from svend.tracking.run import MAX_TAG_LENGTH, TrackedRun
 from svend.training.profiling import name_compiled_kernels
 from svend.training.state import TrainState, build_state
 
+FORCED_TAG = "svend.forced_resume"
 # What training waits for.
 PARTS = ("evaluating", "saving", "tracking", "data")
 ModelFactory = Callable[[ModelScale], nn.Module]
@@ -66,6 +68,7 @@ class Saving:
     checkpoint_id: Future[str] | str
     step: int
     verdicts: tuple[ValidationResult, ...]
+    stall_seconds: float
 
     @property
     def done(self) -> bool:
@@ -118,8 +121,13 @@ def prepare_job(
     model_factory: ModelFactory | None,
     gates: Gates,
     console: Console,
+    *,
+    force: bool,
 ) -> Job:
-    """Check everything that can be checked before step 1, and build what the run needs."""
+    """Check everything that can be checked before step 1, and build what the run needs.
+
+    force: go on with a run although it would be another one, and put that on record.
+    """
     training, model_config = config.training, planned_model(config, model_factory)
     resumed = folder is not None
     _mirror_to_wandb(tracked, config, console)
@@ -134,14 +142,15 @@ def prepare_job(
     if training.float8:
         check_float8(training.precision, device)
     memory = check_memory(model_config, training, device)
+    check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
     questions = read_questions(config)
     corpus = build_corpus(
         training.data, config.model.vocab_size, training.seed,
         lambda text: console.print(f"data: {text}"), evaluation_sets(config),
     )
-    if folder is not None:
-        folder.check_machine(corpus.fingerprint, device.type)
+    if folder is not None and not force:
+        folder.check_machine(corpus.fingerprint, corpus.tokenizer.sha256, device.type)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.seed)
     total_steps = training.max_steps or steps_over(sequences, training)
@@ -171,7 +180,7 @@ def prepare_job(
         folder = RunFolder.create(as_written, RunIdentity(
             tracked.run_id, tracked.tracking_uri, training.experiment_name,
             training.model_scale.value, corpus.fingerprint, device.type, training.precision,
-            plan.compile,
+            plan.compile, corpus.tokenizer.sha256,
         ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
     manager = manager or _checkpoint_manager(config, folder)
@@ -181,22 +190,37 @@ def prepare_job(
         started_seconds=time.monotonic(), carried=carried,
     )
     if resumed:
-        _load_progress(job)
-        # Steps between the checkpoint and a kill are trained again, to the same values.
-        tracked.go_on_from(state.step)
-        say(console, f"resuming run {tracked.run_id} from step {state.step}")
+        _go_on(job, as_written, console)
     return job
 
 
-def _load_progress(job: Job) -> None:
+def _record_forced(job: Job, config: PipelineConfig, console: Console) -> None:
+    """Put on record what a forced resumption finds otherwise than the run was begun with."""
+    folder, corpus, device = job.folder, job.corpus, job.device.type
+    differences = [
+        *folder.config_differences(config),
+        *folder.machine_differences(corpus.fingerprint, corpus.tokenizer.sha256, device),
+    ]
+    if differences:
+        folder.force(differences, config, corpus, device, job.state.step)
+        job.tracked.set_tags({FORCED_TAG: "; ".join(folder.identity.forced)[:MAX_TAG_LENGTH]})
+    for difference in differences:
+        say(console, f"warning: forced to go on although {difference}")
+
+
+def _go_on(job: Job, config: PipelineConfig, console: Console) -> None:
     """Bring the job to where its newest checkpoint is, if it has one."""
+    state, tracked = job.state, job.tracked
     if job.manager.list_checkpoints():
-        state = job.state
         _, _, extra = job.manager.load_latest(
             state.model, state.optimizer, state.scheduler, state.scaler
         )
         state.load_extra_state(extra)
         job.saved_step = state.step
+    # Steps between the checkpoint and a kill are trained again, to the same values.
+    tracked.go_on_from(state.step)
+    _record_forced(job, config, console)
+    say(console, f"resuming run {tracked.run_id} from step {state.step}")
 
 
 def _load_starting_point(
@@ -237,12 +261,13 @@ def _find_hyperparameters(
 
 def _checkpoint_manager(config: PipelineConfig, folder: RunFolder) -> CheckpointManager:
     limit, cache_dir = config.training.save_total_limit, config.checkpoint_cache_dir
+    on_full_disk = config.training.on_full_disk
     if cache_dir is None and not is_on_google_drive(folder.path):
-        return CheckpointManager(folder.path, limit)
+        return CheckpointManager(folder.path, limit, on_full_disk=on_full_disk)
     # By the run too: a folder may have been deleted, and its name be another run's now.
     name = f"{folder.path.name}-{folder.identity.run_id}"
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return DriveCheckpointManager(folder.path, cache / name, limit)
+    return DriveCheckpointManager(folder.path, cache / name, limit, on_full_disk=on_full_disk)
 
 
 def _model_name(

@@ -15,7 +15,8 @@ from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to
 MAY_CHANGE = {
     "checkpoint_dir", "checkpoint_cache_dir", "grace_seconds", "tracking_wait_seconds",
     "training.data.cache_dir", "training.data.path",
-    "training.data.heldout_path", "training.logging_steps", "training.profile",
+    "training.data.heldout_path", "training.logging_steps", "training.on_full_disk",
+    "training.profile",
     "training.save_total_limit",
 }
 # What names a Python file or module that is imported.

@@ -59,6 +59,13 @@ class CheckpointingPolicy(Enum):
     SELECTIVE = "selective"  # what lies between matrix products and attention
 
 
+class FullDisk(Enum):
+    """What a run does whose checkpoint does not fit on the disk."""
+
+    STOP = "stop"  # after saying what is missing; the last checkpoint stays
+    PRUNE = "prune"  # remove old checkpoints, but for the last valid and the best one
+
+
 class Compile(Enum):
     """Whether blocks are compiled; AUTO compiles runs that are long enough to gain from it."""
 
@@ -310,6 +317,7 @@ class TrainingConfig:
     device: Device = _default_enum("training.device", Device)
     save_steps: int = _default("training.save_steps")
     save_total_limit: int = _default("training.save_total_limit")
+    on_full_disk: FullDisk = _default_enum("training.on_full_disk", FullDisk)
     quick_gate_steps: int = _default("training.quick_gate_steps")
     logging_steps: int = _default("training.logging_steps")
     heldout_sequences: int = _default("training.heldout_sequences")

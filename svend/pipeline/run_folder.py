@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import getpass
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import socket
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svend.errors import UserError
+from svend.data.corpus import Corpus
+from svend.errors import UserError, one_line
 from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
@@ -39,7 +45,9 @@ class RunIdentity:
     device: str
     precision: Precision
     compiled: bool
+    tokenizer_sha256: str
     finished: bool = False
+    forced: list[str] = field(default_factory=list)  # what a forced resumption found otherwise
 
 
 class RunFolder:
@@ -130,19 +138,27 @@ class RunFolder:
     def hold(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends.
 
-        Raises UserError if another process holds it.
+        Raises UserError, with who it is, if another process holds it.
         """
         self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
+            self.release()
             raise UserError(
-                f"{self.path}: another process is training this run; wait for it, or stop it"
+                f"{self.path}: another process has this run, {one_line(holder)}; wait for it, or "
+                "stop it"
             ) from None
         except OSError as error:
             # Mounted folders without locks, such as Drive.
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = (f"{os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {since}, "
+                  f"{shlex.join(sys.argv[:3])}")
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, holder.encode(), 0)
 
     def release(self) -> None:
         """Let other processes, or another runner of this one, have the folder."""
@@ -152,29 +168,58 @@ class RunFolder:
 
     def check_config(self, config: PipelineConfig) -> None:
         """Raise UserError, with the first difference, if the run would go on as another run."""
+        for difference in self.config_differences(config):
+            raise self._refusal(
+                difference, f"resume with the settings in {CONFIG_FILE} there, or begin another run"
+            )
+
+    def check_machine(self, data_fingerprint: str, tokenizer_sha256: str, device: str) -> None:
+        """Raise UserError if the data, their tokens or the kind of device are not the run's."""
+        for difference in self.machine_differences(data_fingerprint, tokenizer_sha256, device):
+            raise self._refusal(difference, "restore it, or begin another run")
+
+    def config_differences(self, config: PipelineConfig) -> list[str]:
+        """Name every setting by which the run would go on as another run."""
         # As built, so that a key that is younger than the run has its default.
         saved = build(PipelineConfig, read_yaml(self.path / CONFIG_FILE))
         was, now = flatten(to_tree(saved)), flatten(to_tree(config))
-        for key in sorted({*was, *now}):
-            if key not in MAY_CHANGE and was.get(key) != now.get(key):
-                raise UserError(
-                    f"cannot resume {self.path}: {key} was {was.get(key)}, now {now.get(key)}; "
-                    f"resume with the settings in {CONFIG_FILE} there, or begin another run"
-                )
+        return [
+            f"{key} was {was.get(key)}, now {now.get(key)}" for key in sorted({*was, *now})
+            if key not in MAY_CHANGE and was.get(key) != now.get(key)
+        ]
 
-    def check_machine(self, data_fingerprint: str, device: str) -> None:
-        """Raise UserError if the data or the kind of device are not the run's."""
-        if self.identity.device != device:
-            raise UserError(
-                f"cannot resume {self.path}: it ran on {self.identity.device}, this is {device}; "
-                "resume there, or begin another run"
-            )
-        if self.identity.data_fingerprint != data_fingerprint:
-            raise UserError(
-                f"cannot resume {self.path}: the data have changed (fingerprint was "
-                f"{self.identity.data_fingerprint[:16]}, now {data_fingerprint[:16]}); "
-                "restore them, or begin another run"
-            )
+    def machine_differences(
+        self, data_fingerprint: str, tokenizer_sha256: str, device: str
+    ) -> list[str]:
+        """Name what the run would find otherwise than it left it."""
+        identity = self.identity
+        return [
+            f"{what} was {was[:16]}, now {now[:16]}" for what, was, now in (
+                ("the device", identity.device, device),
+                ("the data's fingerprint", identity.data_fingerprint, data_fingerprint),
+                ("the tokenizer", identity.tokenizer_sha256, tokenizer_sha256),
+            ) if was != now
+        ]
+
+    def force(
+        self, differences: Sequence[str], config: PipelineConfig, corpus: Corpus, device: str,
+        step: int,
+    ) -> None:
+        """Put on record that the run goes on from a step in spite of these differences."""
+        self.identity = replace(
+            self.identity, data_fingerprint=corpus.fingerprint, device=device,
+            tokenizer_sha256=corpus.tokenizer.sha256,
+            forced=[*self.identity.forced, *(f"step {step}: {text}" for text in differences)],
+        )
+        (self.path / CONFIG_FILE).replace(self.path / f"config.before-step-{step}.yaml")
+        (self.path / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        self._write_identity()
+
+    def _refusal(self, difference: str, what_to_do: str) -> UserError:
+        return UserError(
+            f"cannot resume {self.path}: {difference}; {what_to_do}; resume=force goes on all the "
+            "same, and puts that on record"
+        )
 
     @property
     def was_begun(self) -> bool:

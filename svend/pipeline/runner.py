@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
@@ -182,18 +183,21 @@ class PipelineRunner:
                 break
         return results
 
-    def run(self, resume: bool = False) -> PipelineResult:
+    def run(self, resume: bool = False, force: bool = False) -> PipelineResult:
         """Train, gate, checkpoint and register; with `resume`, go on where the last run stopped.
 
+        With `force` too, also where settings, data or tokenizer are others than the run's, as far
+        as its state can be loaded: each difference is put on record in the run.
         A user's mistake, a failed gate and an interruption end the run and are returned as its
         reason; anything else is a bug, ends the run as FAILED, and is raised.
         """
-        return self._run(resume, gate_full=False)
+        return self._run(resume, gate_full=False, force=force)
 
-    def _run(self, resume: bool, gate_full: bool) -> PipelineResult:
+    def _run(self, resume: bool, gate_full: bool, force: bool = False) -> PipelineResult:
         started_seconds = time.monotonic()
         self._job: Job | None = None
         tracked: TrackedRun | None = None
+        folder: RunFolder | None = None
         status, reason = "FINISHED", None
         failure: UserError | None = None
         registered = None
@@ -202,7 +206,7 @@ class PipelineRunner:
             try:
                 config = _within_experiment(self.config).resolve()
                 mount_google_drive(Path(config.checkpoint_dir).expanduser())
-                folder = _folder_to_resume(config) if resume else None
+                folder = _folder_to_resume(config, force) if resume else None
                 # Not in the middle of a store's migration, nor before the run can be ended.
                 with signals.deferred():
                     tracked = self._track(config, folder)
@@ -210,7 +214,7 @@ class PipelineRunner:
                 with self._console.status("preparing"):
                     job = self._job = prepare_job(
                         config, tracked, folder, self.model_factory, self.validator.gates,
-                        self._console,
+                        self._console, force=force,
                     )
                 show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
                           describe_device(job.device), job.carried)
@@ -222,6 +226,12 @@ class PipelineRunner:
                 failure, reason = pruned, str(pruned)
             except UserError as error:
                 failure, status, reason = error, "FAILED", str(error)
+            except OSError as error:
+                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+                if error.errno != errno.ENOSPC:
+                    raise
+                reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
+                          "room, and go on with resume=true")
             except torch.OutOfMemoryError as error:
                 status = "FAILED"
                 reason = (
@@ -239,6 +249,8 @@ class PipelineRunner:
                     self._close(tracked, signals, status, reason)
                 elif reason is not None:
                     end_joined_run(status, reason)
+                if folder is not None:
+                    folder.release()
         return PipelineResult(
             scale=self.config.training.model_scale,
             success=status == "FINISHED" and failure is None,
@@ -339,9 +351,10 @@ class PipelineRunner:
                         progress.advance(job.state.step, None, None)
                 else:
                     progress.advance(step, None, None)
-                if quick and not save_due:  # a save decides QUICK on the held-out loss
+                save = save_due and (last or not readings[-1].skipped)
+                if quick and not save:  # where it is saved, QUICK is decided on the held-out loss
                     self._gate_quick(job)
-                if save_due and (last or not readings[-1].skipped):
+                if save:
                     save_due = False
                     self._evaluate_and_save(job, signals)
                 if last or (job.saving is not None and job.saving.done):
@@ -543,13 +556,18 @@ class PipelineRunner:
         saving, job.saving = job.saving, None
         if saving is None:
             return
-        begun = saving.checkpoint_id
+        begun, started_seconds = saving.checkpoint_id, time.perf_counter()
         with job.spending("saving"):
             checkpoint_id = begun if isinstance(begun, str) else begun.result()
             checkpoint = next(
                 c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
             )
         job.saved_step = saving.step
+        # What the loop waited for: the copy, and the writing as far as it was not done by now.
+        stall_seconds = saving.stall_seconds + time.perf_counter() - started_seconds
+        job.tracked.log_metrics(
+            {"save/stall_seconds": stall_seconds, "save/bytes": checkpoint.bytes}, saving.step
+        )
         self._record_on(job, checkpoint, saving.verdicts)
 
     def _record_on(
@@ -589,14 +607,15 @@ class PipelineRunner:
         # First the metrics: a run resumed from this checkpoint does not train these steps again.
         with job.spending("tracking"):
             job.tracked.keep()
-        state, manager = job.state, job.manager
+        state, manager, started_seconds = job.state, job.manager, time.perf_counter()
         save = manager.save_in_background if job.plan.saves_in_background else manager.save
         with job.spending("saving"):
             begun = save(
                 state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
                 metrics, state.extra_state(), state.scaler,
             )
-        job.saving = Saving(begun, state.step, verdicts)
+        stall_seconds = time.perf_counter() - started_seconds
+        job.saving = Saving(begun, state.step, verdicts, stall_seconds)
 
     def _record(self, job: Job, *verdicts: ValidationResult) -> None:
         """Keep verdicts in the run folder and in MLflow.
@@ -731,11 +750,12 @@ def _within_experiment(config: PipelineConfig) -> PipelineConfig:
     return replace(config, training=replace(config.training, experiment_name=name))
 
 
-def _folder_to_resume(config: PipelineConfig) -> RunFolder:
+def _folder_to_resume(config: PipelineConfig, force: bool) -> RunFolder:
     training = config.training
     folder = RunFolder.find_unfinished(
         config.checkpoint_dir, training.experiment_name, training.model_scale.value
     )
-    folder.check_config(config)
+    if not force:
+        folder.check_config(config)
     folder.hold()
     return folder

@@ -274,7 +274,9 @@ class TrackedRun:
         lines = []
         if isinstance(self._outlet, _Direct):
             self._outlet.flush()
-        elif self._sender is not None and not self._sender.close(timeout_seconds, give_up):
+        elif self._sender is not None and self._sender.close(timeout_seconds, give_up):
+            self._outlet.close()
+        elif self._sender is not None:
             lines.append(
                 f"tracking: {self.tracking_uri} does not have all that the run logged "
                 f"({self._sender.reason or 'it takes long'}); `svend sync "
