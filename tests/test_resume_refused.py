@@ -125,7 +125,8 @@ def test_a_forced_resumption_goes_on_and_is_on_record(workshop: Path) -> None:
     assert (before["training"]["max_steps"], now["training"]["max_steps"]) == (20, 30)
     _reopen(result, 20)
     # What was forced is what the run is now: it goes on without force, and the old is refused.
-    assert "training.data.num_samples was 90, now 100" in str(_train(workshop, "forced", resume=True).reason)
+    refused = _train(workshop, "forced", resume=True)
+    assert "training.data.num_samples was 90, now 100" in str(refused.reason)
     assert _train(workshop, "forced", resume=True, **changes).success
 
 
