@@ -304,7 +304,7 @@ def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[s
 def _end_joined_run(error: UserError) -> None:
     """Have the run that `mlflow run` made, if it made one, say why it failed."""
     if "MLFLOW_RUN_ID" in os.environ:
-        from svend.tracking.run import end_joined_run
+        from svend.tracking.runs import end_joined_run
 
         end_joined_run("FAILED", str(error))
 

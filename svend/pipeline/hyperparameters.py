@@ -20,7 +20,7 @@ from svend.errors import ConfigError
 from svend.pipeline.config import Optimizer, Parametrisation, PipelineConfig, TrainingConfig
 from svend.pipeline.loading import names_code, value_at
 from svend.pipeline.schema import build, read_yaml, to_tree, to_yaml
-from svend.tracking.run import fetch_artifact, newest_run
+from svend.tracking.runs import fetch_artifact, newest_run
 
 HYPERPARAMETERS = "hparams.yaml"
 SMALLEST_BETA2, LARGEST_BETA2 = 0.9, 0.9999

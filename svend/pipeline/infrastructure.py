@@ -30,7 +30,7 @@ from svend.pipeline.checkpoint_files import format_bytes, read_folder
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
 from svend.planning.plan import check_memory
-from svend.tracking.run import check_tracking_store
+from svend.tracking.runs import check_tracking_store
 from svend.training.loop import train_steps
 from svend.training.state import TrainState, build_state
 

@@ -51,7 +51,8 @@ from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
-from svend.tracking.run import MAX_TAG_LENGTH, TrackedRun
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import MAX_TAG_LENGTH
 from svend.training.profiling import name_compiled_kernels
 from svend.training.state import TrainState, build_state
 

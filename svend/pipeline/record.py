@@ -34,13 +34,15 @@ from svend.pipeline.validation import (
 )
 from svend.pipeline.version_files import WEIGHTS, write_weights
 from svend.planning.plan import RunPlan
+from svend.tracking.environment import environment_tags, installed_packages
 from svend.tracking.registry import (
     CHECKPOINT_TAG,
     RegisteredVersion,
     find_version,
     register_checkpoint,
 )
-from svend.tracking.run import TrackedRun, environment_tags, installed_packages, tags_of
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import tags_of
 
 EVALUATION_ARTIFACTS = "evaluation"
 # Begins a folder in the run's, there while its weights are written for the registry.

@@ -72,11 +72,8 @@ from svend.pipeline.validation import (
 )
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
-from svend.tracking.run import (
-    TrackedRun,
-    end_joined_run,
-    joined_experiment_name,
-)
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import end_joined_run, joined_experiment_name
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.profiling import profiled_steps
 

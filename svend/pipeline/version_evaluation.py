@@ -34,8 +34,9 @@ from svend.pipeline.version_files import (
     load_version_model,
     load_version_tokenizer,
 )
+from svend.tracking.environment import environment_tags
 from svend.tracking.registry import OpenedVersion, open_version, tag_version
-from svend.tracking.run import TrackedRun, environment_tags
+from svend.tracking.run import TrackedRun
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import logging
 import math
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,21 +23,15 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, RunInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from svend import __version__
 from svend.errors import TrackingError
 from svend.tracking.delivery import BATCH_LIMITS, Entry, EntryKind, deliver, is_missing
 from svend.tracking.keep_status import keep_status
+from svend.tracking.runs import MAX_TAG_LENGTH, PARENT_TAG, RUN_ID, configure_mlflow
 from svend.tracking.spool import FLUSH_SECONDS, REASON_TAG, RunAddress, Spool, SpoolSender
 from svend.tracking.system_metrics import PREFIX, SystemMetrics
 from svend.tracking.wandb import WandbRun
 
-RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
-DEFAULT_EXPERIMENT, DEFAULT_EXPERIMENT_ID = "Default", "0"
-PARENT_TAG = "mlflow.parentRunId"
-MAX_TAG_LENGTH = 5000
-SYSTEM_METRICS_SECONDS = 5
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
-PACKAGES = ("torch", "mlflow", "omegaconf", "tokenizers", "datasets", "reasoning-gym", "numpy")
 
 
 class TrackedRun:
@@ -69,7 +60,7 @@ class TrackedRun:
     ) -> TrackedRun:
         """Join the run that `mlflow run` made, or begin one in the experiment, below a parent."""
         joined = os.environ.pop(RUN_ID, None)
-        _configure()
+        configure_mlflow()
         client = MlflowClient()
         try:
             if joined is not None:
@@ -98,7 +89,7 @@ class TrackedRun:
 
         The empty run that `mlflow run` made for the resumption is filed under it.
         """
-        _configure()
+        configure_mlflow()
         client = MlflowClient()
         try:
             run = client.get_run(run_id)
@@ -120,7 +111,7 @@ class TrackedRun:
         notify: shows the user a line. Raises TrackingError if the store answers that it does not
         have the run.
         """
-        _configure()
+        configure_mlflow()
         spool = Spool.open(folder)
         _few_retries()
         client, address, attempt = MlflowClient(), spool.address, _take_attempt()
@@ -365,187 +356,3 @@ def _unknown_run(run_id: str, error: Exception) -> TrackingError:
 def _few_retries() -> None:
     """Have MLflow give up a request in seconds: the spool's thread tries again, for ever."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-
-
-def fetch_artifact(uri: str, folder: Path) -> Path:
-    """Copy an artifact (runs:/ID/NAME) into a folder. Raises TrackingError if there is none."""
-    try:
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"{uri}: not in the tracking store {mlflow.get_tracking_uri()} "
-            f"({str(error).splitlines()[0][:200]}); check the run's id and MLFLOW_TRACKING_URI"
-        ) from error
-
-
-def newest_run(tags: Mapping[str, str]) -> str | None:
-    """Return the newest run, of any experiment, that has all these tags; None if none has."""
-    if any("'" in value for value in tags.values()):
-        return None  # what a filter cannot ask for, Svend gives no run for a tag
-    client = MlflowClient()
-    found = client.search_runs(
-        [experiment.experiment_id for experiment in client.search_experiments()],
-        " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items()),
-        max_results=1, order_by=["attributes.start_time DESC"],
-    )
-    return found[0].info.run_id if found else None
-
-
-def runs_with_tags(tags: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each run, of any experiment, that has all these tags: its id and all of its tags."""
-    client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    token = None
-    while True:
-        page = client.search_runs(
-            experiments, condition, max_results=1000, page_token=token,
-            order_by=["attributes.start_time ASC"],
-        )
-        for run in page:
-            yield str(run.info.run_id), dict(run.data.tags)
-        token = page.token
-        if not token:
-            return
-
-
-def run_shows(run_id: str, metric: str, value: float) -> bool:
-    """Return whether a run logged this value of a metric at any step."""
-    client = MlflowClient()
-    try:
-        return any(point.value == value for point in client.get_metric_history(run_id, metric))
-    except MlflowException as error:
-        if not is_missing(error):
-            raise
-        return False
-
-
-def tags_of(run_id: str) -> dict[str, str]:
-    """Return a run's tags; none if the store has no such run."""
-    try:
-        return dict(MlflowClient().get_run(run_id).data.tags)
-    except MlflowException as error:
-        if not is_missing(error):
-            raise
-        return {}
-
-
-def experiment_of(run_id: str) -> str:
-    """Return the name of a run's experiment. Raises TrackingError if the store has no such run."""
-    client = MlflowClient()
-    try:
-        experiment_id = client.get_run(run_id).info.experiment_id
-    except MlflowException as error:
-        raise TrackingError(
-            f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
-            f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that has"
-        ) from error
-    return str(client.get_experiment(experiment_id).name)
-
-
-def end_abandoned(run_id: str, reason: str) -> None:
-    """End as KILLED a run whose process is gone, unless it has ended."""
-    client = MlflowClient()
-    if client.get_run(run_id).info.status == "RUNNING":
-        client.set_tag(run_id, REASON_TAG, reason)
-        client.set_terminated(run_id, "KILLED")
-
-
-def end_orphans(
-    parent_run_id: str, living: Collection[str], beginning: Collection[str], reason: str
-) -> None:
-    """End as KILLED the runs below a parent that still run.
-
-    living: the ids of those to leave alone. beginning: names, where the id is not known yet.
-    """
-    client = MlflowClient()
-    experiment_id = client.get_run(parent_run_id).info.experiment_id
-    below = client.search_runs(
-        [experiment_id],
-        f"tags.`{PARENT_TAG}` = '{parent_run_id}' and attributes.status = 'RUNNING'",
-    )
-    for run in below:
-        if run.info.run_id not in living and run.info.run_name not in beginning:
-            end_abandoned(run.info.run_id, reason)
-
-
-def joined_experiment_name() -> str | None:
-    """Return the experiment that was chosen for `mlflow run`, None if none was."""
-    if RUN_ID not in os.environ:
-        return None
-    client = MlflowClient()
-    experiment_id = client.get_run(os.environ[RUN_ID]).info.experiment_id
-    name = str(client.get_experiment(experiment_id).name)
-    return None if name == DEFAULT_EXPERIMENT else name
-
-
-def check_tracking_store() -> str:
-    """Write a run to the tracking store, read it back and delete it; return the store's address.
-
-    Raises TrackingError if the store cannot be reached or does not give back what was written.
-    """
-    _configure()
-    uri = str(mlflow.get_tracking_uri())
-    try:
-        client = MlflowClient()
-        run = client.create_run(DEFAULT_EXPERIMENT_ID, run_name="infrastructure check")
-        run_id = run.info.run_id
-        client.log_metric(run_id, "check", 1.0)
-        written = client.get_run(run_id).data.metrics
-        client.set_terminated(run_id)
-        client.delete_run(run_id)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"tracking store {uri}: {str(error).splitlines()[0][:300]}; check MLFLOW_TRACKING_URI"
-        ) from error
-    if written != {"check": 1.0}:
-        raise TrackingError(f"tracking store {uri}: gave back {written} for a metric of 1")
-    return uri
-
-
-def end_joined_run(status: str, reason: str) -> None:
-    """End the run that `mlflow run` made, if there is one, as FAILED or KILLED."""
-    if RUN_ID in os.environ:
-        run_id = os.environ[RUN_ID]
-        client = MlflowClient()
-        client.set_tag(run_id, REASON_TAG, reason[:MAX_TAG_LENGTH])
-        client.set_terminated(run_id, status)
-        if status == "KILLED":
-            keep_status(run_id, status)
-
-
-def environment_tags() -> dict[str, str]:
-    """Return the versions and the git commit that a run was made with, as tags."""
-    tags = {"svend.version": __version__}
-    tags |= {f"svend.package.{name}": importlib.metadata.version(name) for name in PACKAGES}
-    root = Path(__file__).resolve().parents[2]
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit is not None:
-        tags["svend.git_commit"] = commit
-        tags["svend.git_dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
-    return tags
-
-
-def installed_packages() -> str:
-    """Return every installed distribution with its version, as requirements."""
-    found = {dist.name: dist.version for dist in importlib.metadata.distributions()}
-    return "\n".join(f"{name}=={found[name]}" for name in sorted(found, key=str.lower)) + "\n"
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _configure() -> None:
-    """Sample system metrics often enough for short runs; keep MLflow's chatter off the screen."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", str(SYSTEM_METRICS_SECONDS))
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -31,7 +31,7 @@ from svend.tracking.registry import (
     set_alias,
     tags_of_version,
 )
-from svend.tracking.run import run_shows, runs_with_tags
+from svend.tracking.runs import run_shows, runs_with_tags
 
 # Overrides that say where things are, or how fast, and change no value.
 WHEREABOUTS = {

@@ -32,7 +32,8 @@ from svend.pipeline.promotion.standing import (
 )
 from svend.pipeline.report import verdict_table, verdicts_html
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
-from svend.tracking.run import TrackedRun, environment_tags
+from svend.tracking.environment import environment_tags
+from svend.tracking.run import TrackedRun
 
 PROMOTION_TAG = "svend.promotion"  # of a promotion's run: which model's ledger it wrote to
 

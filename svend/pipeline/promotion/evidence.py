@@ -29,7 +29,8 @@ from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, count_nonfinite_parameters
 from svend.pipeline.version_evaluation import LoadedVersion, build_version_corpus, load_files
 from svend.tracking.registry import OpenedVersion
-from svend.tracking.run import TrackedRun, run_shows
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import run_shows
 
 NONFINITE, GRADIENT_NORM = "nonfinite_parameters", "gradient_norm"
 ON_HELDOUT = ("loss", "perplexity")

@@ -8,7 +8,7 @@ from typing import Any
 from svend.pipeline.moves import History, Moves
 from svend.pipeline.promotion.standing import open_registered
 from svend.tracking.registry import open_version
-from svend.tracking.run import runs_with_tags, tags_of
+from svend.tracking.runs import runs_with_tags, tags_of
 
 PARENT_SCALE_TAG = "svend.parent_scale_run_id"
 SWEEP_TAG = "svend.hparams.run_id"

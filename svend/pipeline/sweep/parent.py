@@ -44,7 +44,9 @@ from svend.pipeline.sweep.study import (
     SweepStudy,
     name_of,
 )
-from svend.tracking.run import TrackedRun, end_orphans, environment_tags, joined_experiment_name
+from svend.tracking.environment import environment_tags
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import end_orphans, joined_experiment_name
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 20.0

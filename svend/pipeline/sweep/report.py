@@ -22,7 +22,9 @@ from svend.pipeline.hyperparameters import HYPERPARAMETERS, FoundAt, Hyperparame
 from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured, Rule
 from svend.pipeline.sweep.options import Sweep
 from svend.pipeline.sweep.study import REASON, RUN, Place, SweepStudy, origin_of
-from svend.tracking.run import TrackedRun, environment_tags, tags_of
+from svend.tracking.environment import environment_tags
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import tags_of
 
 SHOWN_TRIALS = 10
 SUMMARY, PLOTS, TRIALS, RERUNS = "summary.html", "plots.html", "trials.csv", "reruns.csv"

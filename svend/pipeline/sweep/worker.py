@@ -35,7 +35,7 @@ from svend.pipeline.sweep.study import (
     name_of,
     suggest,
 )
-from svend.tracking.run import end_abandoned, experiment_of
+from svend.tracking.runs import end_abandoned, experiment_of
 
 WAIT_SECONDS = 1.0
 LOSSES_FILE, CHECKPOINTS = "losses.jsonl", "checkpoints"
