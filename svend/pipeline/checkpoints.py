@@ -118,6 +118,7 @@ class CheckpointManager:
         self.best_metric = best_metric
         self.best_metric_mode = best_metric_mode
         self.on_full_disk = on_full_disk
+        self.write_seconds = 0.0  # of the newest save
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: Future[str] | None = None
         self._snapshots = Snapshots()
@@ -183,13 +184,16 @@ class CheckpointManager:
 
     def _write(self, content: _Content) -> str:
         """Save, and where the disk is full, as `on_full_disk` says."""
+        started_seconds = time.perf_counter()
         try:
-            return self._write_once(content)
+            checkpoint_id = self._write_once(content)
         except FullDiskError as error:
             if self.on_full_disk is not FullDisk.PRUNE or not self._make_room(content):
                 raise
             warnings.warn(f"{error.what}; older checkpoints were removed for it", stacklevel=3)
-            return self._write_once(content)
+            checkpoint_id = self._write_once(content)
+        self.write_seconds = time.perf_counter() - started_seconds
+        return checkpoint_id
 
     def _make_room(self, content: _Content) -> bool:
         """Remove the oldest checkpoints until a new one fits; return whether it does.

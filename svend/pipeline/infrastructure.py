@@ -243,9 +243,9 @@ def check_disk(config: PipelineConfig, model: ModelConfig, run_folder: Path | No
     folder = Path(cache or config.checkpoint_dir).expanduser().absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    # The ones that are kept, the best, and the one being written; pruned, one and that.
+    # Those that are kept, the best, and the one being written; pruned, the last stays of the first.
     prunes = config.training.on_full_disk is FullDisk.PRUNE
-    copies = 2 if prunes else config.training.save_total_limit + 2
+    copies = 3 if prunes else config.training.save_total_limit + 2
     needed = copies * STATE_BYTES_PER_PARAMETER * model.num_parameters()
     if run_folder is not None:
         needed -= sum(checkpoint.bytes for checkpoint in read_folder(run_folder)[0])

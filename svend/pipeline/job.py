@@ -31,7 +31,7 @@ from svend.models.float8 import compute_in_float8
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, TrainingConfig
+from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, Precision, TrainingConfig
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
@@ -135,7 +135,7 @@ def prepare_job(
     keep_freed_memory()
     device = resolve_device(training.device)
     as_written = config
-    precision = folder.identity.precision if folder else training.precision
+    precision, compiled = _choices_of(folder, config)
     training = replace(training, precision=resolve_precision(precision, device))
     config = replace(config, training=training)
     assert config.model is not None  # set by PipelineConfig.resolve
@@ -157,10 +157,7 @@ def prepare_job(
     total_steps = training.max_steps or steps_over(sequences, training)
     training, carried = carry(found, config, total_steps) if found else (training, [])
     config = replace(config, training=training)
-    plan = plan_run(
-        training, model_config, total_steps, memory, device,
-        folder.identity.compiled if folder else None,
-    )
+    plan = plan_run(training, model_config, total_steps, memory, device, compiled)
     model = build_model(config, model_factory, device)
     plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
     manager = None if folder is None else _checkpoint_manager(config, folder)
@@ -195,6 +192,21 @@ def prepare_job(
     return job
 
 
+def _choices_of(folder: RunFolder | None, config: PipelineConfig) -> tuple[Precision, bool | None]:
+    """Return the precision, and whether to compile if that is decided.
+
+    What was chosen for a run stays, unless it is forced to go on with another setting.
+    """
+    precision = config.training.precision
+    if folder is None:
+        return precision, None
+    changed, identity = folder.changed_settings(config), folder.identity
+    return (
+        precision if "training.precision" in changed else identity.precision,
+        None if "training.compile" in changed else identity.compiled,
+    )
+
+
 def _record_forced(job: Job, config: PipelineConfig, console: Console) -> None:
     """Put on record what a forced resumption finds otherwise than the run was begun with."""
     folder, corpus, device = job.folder, job.corpus, job.device.type
@@ -203,7 +215,11 @@ def _record_forced(job: Job, config: PipelineConfig, console: Console) -> None:
         *folder.machine_differences(corpus.fingerprint, corpus.tokenizer.sha256, device),
     ]
     if differences:
-        folder.force(differences, config, corpus, device, job.state.step)
+        folder.force(
+            differences, config, job.state.step, data_fingerprint=corpus.fingerprint,
+            tokenizer_sha256=corpus.tokenizer.sha256, device=device,
+            precision=job.config.training.precision, compiled=job.plan.compile,
+        )
         job.tracked.set_tags({FORCED_TAG: "; ".join(folder.identity.forced)[:MAX_TAG_LENGTH]})
     for difference in differences:
         say(console, f"warning: forced to go on although {difference}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -203,6 +204,8 @@ def register_version(
     `rows` are the gate decisions on this very checkpoint, `measured` what else was measured on it.
     PRODUCTION is left to `svend promote`: no run takes a model there by itself.
     """
+    for left_behind in folder.path.glob(f"{REGISTERING}*"):  # by a process that was killed here
+        shutil.rmtree(left_behind)
     corpus.tokenizer.save(folder.path)
     verify(checkpoint)
     levels = [level for level in passed_levels(validator.gates, rows)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import getpass
 import json
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svend.data.corpus import Corpus
 from svend.errors import UserError, one_line
 from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
@@ -45,7 +44,7 @@ class RunIdentity:
     device: str
     precision: Precision
     compiled: bool
-    tokenizer_sha256: str
+    tokenizer_sha256: str = ""  # not in runs that are older than this field
     finished: bool = False
     forced: list[str] = field(default_factory=list)  # what a forced resumption found otherwise
 
@@ -155,7 +154,7 @@ class RunFolder:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = (f"{os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {since}, "
+        holder = (f"{os.getpid()} of {_user()} on {socket.gethostname()} since {since}, "
                   f"{shlex.join(sys.argv[:3])}")
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, holder.encode(), 0)
@@ -180,13 +179,18 @@ class RunFolder:
 
     def config_differences(self, config: PipelineConfig) -> list[str]:
         """Name every setting by which the run would go on as another run."""
+        changed = self.changed_settings(config)
+        return [f"{key} was {was}, now {now}" for key, (was, now) in changed.items()]
+
+    def changed_settings(self, config: PipelineConfig) -> dict[str, tuple[Any, Any]]:
+        """Return the run's value and the new one of each setting that makes it another run."""
         # As built, so that a key that is younger than the run has its default.
         saved = build(PipelineConfig, read_yaml(self.path / CONFIG_FILE))
         was, now = flatten(to_tree(saved)), flatten(to_tree(config))
-        return [
-            f"{key} was {was.get(key)}, now {now.get(key)}" for key in sorted({*was, *now})
+        return {
+            key: (was.get(key), now.get(key)) for key in sorted({*was, *now})
             if key not in MAY_CHANGE and was.get(key) != now.get(key)
-        ]
+        }
 
     def machine_differences(
         self, data_fingerprint: str, tokenizer_sha256: str, device: str
@@ -198,22 +202,26 @@ class RunFolder:
                 ("the device", identity.device, device),
                 ("the data's fingerprint", identity.data_fingerprint, data_fingerprint),
                 ("the tokenizer", identity.tokenizer_sha256, tokenizer_sha256),
-            ) if was != now
+            ) if was and was != now
         ]
 
     def force(
-        self, differences: Sequence[str], config: PipelineConfig, corpus: Corpus, device: str,
-        step: int,
+        self, differences: Sequence[str], config: PipelineConfig, step: int, **found: Any
     ) -> None:
-        """Put on record that the run goes on from a step in spite of these differences."""
-        self.identity = replace(
-            self.identity, data_fingerprint=corpus.fingerprint, device=device,
-            tokenizer_sha256=corpus.tokenizer.sha256,
-            forced=[*self.identity.forced, *(f"step {step}: {text}" for text in differences)],
-        )
-        (self.path / CONFIG_FILE).replace(self.path / f"config.before-step-{step}.yaml")
-        (self.path / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        """Put on record that the run goes on from a step in spite of these differences.
+
+        found: the fields of its identity as they are now.
+        """
+        told = [f"step {step}: {text}" for text in differences]
+        forced = list(dict.fromkeys([*self.identity.forced, *told]))
+        self.identity = replace(self.identity, **found, forced=forced)
+        before = f"config.before-step-{step}.yaml"
+        # Forced at this step again, the config that it was trained to it with is there already.
+        if not (self.path / before).exists():
+            self._write_whole(before, (self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        # The record first: with the config alone, one killed here would go on as if unforced.
         self._write_identity()
+        self._write_whole(CONFIG_FILE, to_yaml(config))
 
     def _refusal(self, difference: str, what_to_do: str) -> UserError:
         return UserError(
@@ -267,12 +275,23 @@ class RunFolder:
         return [row for row in rows if row.get("checkpoint_sha256") == checkpoint_sha256]
 
     def _write_identity(self) -> None:
-        temporary = self.path / f".{RUN_FILE}"
+        self._write_whole(RUN_FILE, json.dumps(to_tree(self.identity), indent=1))
+
+    def _write_whole(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}"
         with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(to_tree(self.identity), indent=1))
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.rename(self.path / RUN_FILE)
+        temporary.rename(self.path / name)
+
+
+def _user() -> str:
+    """Return the user's name; the number where it has none, as in many containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _has_checkpoint(path: Path) -> bool:

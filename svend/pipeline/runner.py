@@ -562,9 +562,10 @@ class PipelineRunner:
         job.saved_step = saving.step
         # What the loop waited for: the copy, and the writing as far as it was not done by now.
         stall_seconds = saving.stall_seconds + time.perf_counter() - started_seconds
-        job.tracked.log_metrics(
-            {"save/stall_seconds": stall_seconds, "save/bytes": checkpoint.bytes}, saving.step
-        )
+        job.tracked.log_metrics({
+            "save/stall_seconds": stall_seconds, "save/write_seconds": job.manager.write_seconds,
+            "save/bytes": checkpoint.bytes,
+        }, saving.step)
         self._record_on(job, checkpoint, saving.verdicts)
 
     def _record_on(
