@@ -91,12 +91,30 @@ def test_a_process_that_heeds_no_signal_ends_with_the_grace_time() -> None:
     with subprocess.Popen([sys.executable, "-c", DEAF], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(1.0)  # by now it is in that call
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
         assert process.returncode == 130
         assert time.monotonic() - started < 10
         assert errors.startswith("error: ended after the grace time of 1 s; resume=true")
+
+
+def test_a_signal_to_a_forked_child_is_not_taken_for_ones_own() -> None:
+    with StopSignals(1.0) as signals, signals.deferred():
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+            time.sleep(30)
+            os._exit(1)
+        time.sleep(0.3)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        time.sleep(1.5)
+        assert signals.requested is None and not signals.at_once
 
 
 # A disk so slow that a save takes minutes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ EXIT_INTERRUPTED = 130
 SAME_REQUEST_SECONDS = 1.0
 
 
+LONGEST_WAIT_SECONDS = 3600.0  # at a time: `select` knows no infinity
 # Of the grace time, what is kept for telling the tracking store how the run ended.
 CLOSING_FRACTION, LONGEST_CLOSING_SECONDS = 0.2, 5.0
 
@@ -45,11 +47,18 @@ class StopSignals:
         self._requested_seconds = 0.0
         self._deferred = False
         self._closing = self._out_of_time = False
-        self._ended = threading.Event()
         self._former: dict[signal.Signals, Any] = {}
+        self._wakeup, self._former_wakeup = (-1, -1), -1
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
+            # Python's handlers run in the main thread, once it is back from whatever call it is in.
+            # The byte that a signal writes here is there at once.
+            self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup[1], False)
+            self._former_wakeup = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+            _entered.append(self)
+            threading.Thread(target=self._watch, name="grace time", daemon=True).start()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._handle)
         return self
@@ -58,9 +67,12 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ended.set()
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if self._former:
+            _entered.remove(self)
+            signal.set_wakeup_fd(self._former_wakeup)
+            os.close(self._wakeup[1])  # ends the thread
 
     @property
     def remaining_seconds(self) -> float:
@@ -86,8 +98,6 @@ class StopSignals:
         now, name = time.monotonic(), signal.Signals(number).name
         if self.requested is None:
             self.requested, self._requested_seconds = signal.Signals(number), now
-            if self._grace_seconds < math.inf:
-                threading.Thread(target=self._watch, name="grace time", daemon=True).start()
             if not self._deferred and not self._closing:
                 raise Interrupted(f"interrupted by {name}")
         elif self._out_of_time:
@@ -102,18 +112,49 @@ class StopSignals:
 
     def _watch(self) -> None:
         """Near the end of the grace time interrupt the main thread; at its end, the process."""
-        closing_seconds = min(LONGEST_CLOSING_SECONDS, CLOSING_FRACTION * self._grace_seconds)
-        if self._ended.wait(self._grace_seconds - closing_seconds):
-            return
-        assert self.requested is not None
-        self._out_of_time = True
-        signal.pthread_kill(threading.main_thread().ident or 0, self.requested)
-        if self._ended.wait(closing_seconds) or not self._exits:
-            return
+        reading = self._wakeup[0]
+        try:
+            number = None
+            while number not in (signal.SIGINT, signal.SIGTERM):
+                if not (told := os.read(reading, 1)):
+                    return
+                number = told[0]
+            closing_seconds = min(LONGEST_CLOSING_SECONDS, CLOSING_FRACTION * self._grace_seconds)
+            if _ends_within(reading, self._grace_seconds - closing_seconds):
+                return
+            self._out_of_time = True
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+            if _ends_within(reading, closing_seconds) or not self._exits:
+                return
+        finally:
+            os.close(reading)
         # The main thread is deep in a call that heeds no signal. What is saved is whole.
         print(f"error: ended after the grace time of {self._grace_seconds:g} s; resume=true goes "
               "on from what is saved", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
+
+
+_entered: list[StopSignals] = []
+
+
+def _leave_the_pipe() -> None:
+    """In a forked child, whose signals are not for its parent's pipe."""
+    if _entered:
+        signal.set_wakeup_fd(-1)
+        _entered.clear()
+
+
+os.register_at_fork(after_in_child=_leave_the_pipe)
+
+
+def _ends_within(pipe: int, seconds: float) -> bool:
+    """Wait so long for the other end of a pipe to be closed; return whether it was."""
+    deadline = time.monotonic() + seconds
+    while (left_seconds := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([pipe], [], [], min(left_seconds, LONGEST_WAIT_SECONDS))
+        if ready and not os.read(pipe, 1):
+            return True
+    return False
 
 
 class _Deferred:
