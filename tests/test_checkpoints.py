@@ -34,8 +34,11 @@ from svend.pipeline.config import (
     Precision,
     Schedule,
     TrainingConfig,
+    load_config,
 )
+from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.schema import flatten, to_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE_FILES = ["model.pt", "optimizer.pt", "scheduler.pt", "scaler.pt", "extra_state.pt"]
@@ -756,6 +759,44 @@ def test_a_run_of_an_experiment_with_a_similar_name_hides_none(tmp_path: Path) -
     _create(tmp_path, "foreign", experiment="svend-2")
     found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
     assert found.identity == own.identity
+
+
+MAY_CHANGE_TO = {
+    "checkpoint_dir": "moved", "checkpoint_cache_dir": "cache", "grace_seconds": "7",
+    "tracking_wait_seconds": "7", "training.data.cache_dir": "elsewhere",
+    "training.data.path": "moved.jsonl", "training.data.heldout_path": "moved.jsonl",
+    "training.logging_steps": "3", "training.on_full_disk": "prune", "training.profile": "true",
+    "training.save_total_limit": "9",
+}
+
+
+def test_each_setting_that_may_change_has_its_case() -> None:
+    assert set(MAY_CHANGE_TO) == MAY_CHANGE
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE_TO)
+def test_a_setting_that_may_change_makes_no_other_run(tmp_path: Path, key: str) -> None:
+    sources = [("data.sources", "[gsm8k]"), ("data.path", "here.jsonl")]
+    if key == "training.data.heldout_path":
+        sources = [("data.sources", "[gsm8k]"), ("data.heldout_path", "here.jsonl")]
+    own = [("checkpoint_dir", str(tmp_path)), *sources]
+    identity = RunIdentity("r", "uri", "svend", "tiny", "da7a", "cpu", Precision.FP32, False)
+    run = RunFolder.create(load_config({}, own), identity)
+    changed = load_config({}, [*own, (key, MAY_CHANGE_TO[key])])
+    assert flatten(to_tree(changed)) != flatten(to_tree(load_config({}, own)))
+    run.check_config(changed)
+
+
+def test_a_run_that_is_older_than_the_tokenizers_hash_can_be_resumed(tmp_path: Path) -> None:
+    run = _create(tmp_path)
+    told = json.loads((run.path / "run.json").read_text())
+    for younger in ("tokenizer_sha256", "forced"):
+        del told[younger]
+    (run.path / "run.json").write_text(json.dumps(told))
+    found = RunFolder.find_unfinished(str(tmp_path), "svend", "tiny")
+    found.check_machine("da7a", "t0ken", "cpu")
+    with pytest.raises(UserError, match="the data's fingerprint"):
+        found.check_machine("0ther", "t0ken", "cpu")
 
 
 @pytest.mark.parametrize("changes", [

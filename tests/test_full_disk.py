@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import nn
 
 from svend.errors import CheckpointError
 from svend.pipeline import checkpoint_files, checkpoints
-from svend.pipeline.checkpoints import CheckpointManager, verify
+from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager, verify
 from svend.pipeline.config import FullDisk, load_config
+from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
@@ -151,6 +153,24 @@ def test_a_damaged_checkpoint_takes_no_others_place_among_those_that_are_kept(
     assert torch.equal(model.weight, _model(1.0).weight)
 
 
+def test_pruning_for_room_leaves_what_is_being_copied_to_a_drive(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DriveCheckpointManager(tmp_path / "drive", small_disk / "cache", save_total_limit=9,
+                                on_full_disk=FullDisk.PRUNE) as manager:
+        for step in (1, 2, 3):
+            manager.save(_model(float(step)), step=step, metrics={"loss": float(step)})
+        assert manager.flush()
+        monkeypatch.setattr(manager._copier, "in_flight", {"step_00000002"})
+        with pytest.raises(CheckpointError, match="are missing"):
+            manager.save(_model(4.0), step=4, metrics={"loss": 4.0})
+        assert _steps(small_disk / "cache") == [1, 2, 3]  # the best, in flight, the newest
+        monkeypatch.setattr(manager._copier, "in_flight", set())
+        with pytest.warns(UserWarning, match="older checkpoints were removed"):
+            manager.save(_model(4.0), step=4, metrics={"loss": 4.0})
+        assert _steps(small_disk / "cache") == [1, 3, 4]
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("full-disk")
@@ -168,12 +188,20 @@ def _runner(folder: Path, checkpoint_dir: Path, **changes: str) -> PipelineRunne
     return PipelineRunner(load_config({}, list(settings.items())))
 
 
-def test_a_run_that_cannot_fit_stops_before_it_begins(workshop: Path, small_disk: Path) -> None:
-    # Checkpoints of 7.2 MB: the kept three, the best and the one being written.
-    result = _runner(workshop, small_disk, training__experiment_name="large").run()
+@pytest.mark.parametrize(("on_full_disk", "needed"), [
+    # Checkpoints of 7.2 MB: the kept three, the best and the one being written;
+    ("stop", "5 checkpoints need 35.9 MB more"),
+    ("prune", "3 checkpoints need 21.5 MB more"),  # the last, the best and the one being written.
+])
+def test_a_run_that_cannot_fit_stops_before_it_begins(
+    workshop: Path, small_disk: Path, on_full_disk: str, needed: str
+) -> None:
+    runner = _runner(workshop, small_disk, training__experiment_name="large",
+                     training__on_full_disk=on_full_disk)
+    result = runner.run()
     assert not result.success and result.checkpoint_dir is None
     line = str(result.reason)
-    assert "5 checkpoints need 35.9 MB more" in line and "are missing" in line
+    assert needed in line and "are missing" in line
     assert len(line.splitlines()) == 1
     assert not list(small_disk.iterdir())
 
@@ -208,3 +236,14 @@ def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_when_there_is_ro
     filler[0].unlink()
     assert begin(resume=True) == ""
     assert _steps(small_disk / "fills-up") == [10, 20]
+    run_id = RunFolder.open(small_disk / "fills-up").identity.run_id
+    client = MlflowClient()
+    history = {name: client.get_metric_history(run_id, f"save/{name}")
+               for name in ("stall_seconds", "write_seconds", "bytes")}
+    assert {name: [point.step for point in points] for name, points in history.items()} == {
+        name: [10, 20] for name in history
+    }
+    assert all(point.value > 0 for points in history.values() for point in points)
+    sizes = [checkpoint.bytes for checkpoint in
+             CheckpointManager(small_disk / "fills-up").list_checkpoints()]
+    assert [point.value for point in history["bytes"]] == sizes

@@ -14,8 +14,8 @@ import yaml
 from mlflow import MlflowClient
 
 from svend.errors import UserError
-from svend.pipeline.config import load_config
-from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.config import Precision, load_config
+from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.runner import PipelineResult, PipelineRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
@@ -110,12 +110,15 @@ def test_other_tokens_are_refused_though_the_settings_are_the_same(
 
 def test_a_forced_resumption_goes_on_and_is_on_record(workshop: Path) -> None:
     folder = _reopen(_train(workshop, "forced"))
-    changes = {"training__max_steps": "30", "data__num_samples": "90"}
+    changes = {"training__max_steps": "30", "data__num_samples": "90",
+               "training__precision": "bf16"}
     result = _train(workshop, "forced", resume=True, force=True, **changes)
     assert result.success, result.reason
     forced = RunFolder.open(folder.path).identity.forced
+    assert RunFolder.open(folder.path).identity.precision is Precision.BF16
     assert [text.split(" was ")[0] for text in forced] == [
         "step 10: training.data.num_samples", "step 10: training.max_steps",
+        "step 10: training.precision",
         "step 10: the data's fingerprint", "step 10: the tokenizer",  # made of fewer documents
     ]
     tag = MlflowClient().get_run(str(result.run_id)).data.tags["svend.forced_resume"]
@@ -136,6 +139,34 @@ def test_an_architecture_that_the_weights_do_not_fit_cannot_be_forced(workshop: 
     assert "does not fit this model" in str(result.reason)
     assert len(str(result.reason).splitlines()) == 1
     assert RunFolder.open(folder.path).identity.forced == []
+
+
+def test_forced_twice_at_a_step_the_config_it_was_trained_with_is_kept(begun: RunFolder) -> None:
+    folder = RunFolder.open(begun.path)
+    was = {path: path.read_bytes() for path in (begun.path / "run.json", begun.path / CONFIG_FILE)}
+    try:
+        for steps in (30, 40):
+            config = load_config({}, [*SMALL.items(), ("training.max_steps", str(steps))])
+            folder.force([f"training.max_steps was 20, now {steps}"], config, 10)
+        before = yaml.safe_load((begun.path / "config.before-step-10.yaml").read_text())
+        assert before["training"]["max_steps"] == 20
+        assert RunFolder.open(begun.path).identity.forced == [
+            f"step 10: training.max_steps was 20, now {steps}" for steps in (30, 40)
+        ]
+        assert not list(begun.path.glob(".config*")) and not list(begun.path.glob(".run*"))
+    finally:
+        (begun.path / "config.before-step-10.yaml").unlink(missing_ok=True)
+        for path, content in was.items():
+            path.write_bytes(content)
+
+
+def test_a_user_without_a_name_can_hold_a_run(
+    begun: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as in a container of an arbitrary user
+    begun.hold()
+    begun.release()
+    assert " of 54321 on " in (begun.path / ".lock").read_text(encoding="utf-8")
 
 
 HOLDS = """

@@ -198,7 +198,7 @@ class CheckpointManager:
     def _make_room(self, content: _Content) -> bool:
         """Remove the oldest checkpoints until a new one fits; return whether it does.
 
-        The newest that is intact stays, and the best.
+        The newest that is intact stays, and the best, and what is being read.
         """
         checkpoints, _ = read_folder(self.output_dir)
         intact = next(filter(_is_intact, reversed(checkpoints)), None)
@@ -206,9 +206,13 @@ class CheckpointManager:
         for checkpoint in checkpoints:
             if self._missing_bytes(content) <= 0:
                 break
-            if intact is not None and checkpoint not in (intact, best):
+            if (intact is not None and checkpoint not in (intact, best)
+                    and checkpoint.checkpoint_id not in self._in_use()):
                 remove_checkpoints([checkpoint])
         return self._missing_bytes(content) <= 0
+
+    def _in_use(self) -> set[str]:
+        return set()
 
     def _missing_bytes(self, content: _Content) -> int:
         places = (self.output_dir, *self.output_dir.parents)
@@ -475,7 +479,10 @@ class DriveCheckpointManager(CheckpointManager):
     def _saved(self, checkpoint_id: str) -> None:
         self._copier.add(checkpoint_id)
         # A drive slower than the training would otherwise never see a copy finished.
-        self._prune_cache({checkpoint_id} | self._copier.in_flight)
+        self._prune_cache({checkpoint_id} | self._in_use())
+
+    def _in_use(self) -> set[str]:
+        return self._copier.in_flight
 
     def _prune_cache(self, spared: set[str]) -> None:
         self._copier.forget(c.checkpoint_id for c in self._prune(spared))
