@@ -144,7 +144,7 @@ COMMAND_LINES = [
     Row("train --data ../../etc/passwd", "unknown data '../../etc/passwd'"),
     Row("train --gates nowhere", "unknown gates 'nowhere'"),
     Row("train --preset nowhere", "unknown preset 'nowhere'"),
-    Row("train --resume maybe", "resume = maybe: must be true or false"),
+    Row("train --resume maybe", "resume = maybe: must be true, false or force"),
     Row("train --profile maybe", "training.profile"),
     Row("train '--training.max_steps 3'", "--training.max_steps 3"),
     Row("train --training.experiment_name ''", "has no value"),

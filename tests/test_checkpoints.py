@@ -815,6 +815,17 @@ def test_a_run_can_be_resumed_with_its_own_settings(
     run.check_machine("da7a", "t0ken", "cpu")
 
 
+def test_a_run_from_before_a_key_was_there_goes_on_with_the_keys_default(tmp_path: Path) -> None:
+    run = _create(tmp_path)
+    saved = run.path / "config.yaml"
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join(line for line in lines if "skip_spike_deviations" not in line))
+    assert len(saved.read_text()) < sum(map(len, lines))
+    run.check_config(_config(tmp_path))
+    with pytest.raises(UserError, match=r"training\.skip_spike_deviations was 6\.0, now None"):
+        run.check_config(_config(tmp_path, skip_spike_deviations=None))
+
+
 @pytest.mark.parametrize(("changes", "fingerprint", "device", "named"), [
     ({"seed": 1}, "da7a", "cpu", "training.seed was 0, now 1"),
     ({"max_steps": 5}, "da7a", "cpu", "training.max_steps was None, now 5"),

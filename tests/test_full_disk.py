@@ -206,6 +206,7 @@ def test_a_run_that_cannot_fit_stops_before_it_begins(
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_ends_in_one_line_and_goes_on_when_there_is_room(
     workshop: Path, small_disk: Path
 ) -> None:

@@ -218,6 +218,7 @@ def test_the_losses_of_a_fixed_seed_are_those_on_record() -> None:
     assert in_bf16 == pytest.approx(recorded, abs=GOLDEN["bf16_tolerance"])
 
 
+@pytest.mark.slow
 def test_products_in_float8_stay_near_the_curve_in_bf16() -> None:
     rounded = np.array(list(curve(Precision.BF16, 0, 40, float8=True)))
     exact = np.array(list(curve(Precision.BF16, 0, 40)))

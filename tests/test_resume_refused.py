@@ -133,6 +133,7 @@ def test_a_forced_resumption_goes_on_and_is_on_record(workshop: Path) -> None:
     assert _train(workshop, "forced", resume=True, **changes).success
 
 
+@pytest.mark.slow
 def test_an_architecture_that_the_weights_do_not_fit_cannot_be_forced(workshop: Path) -> None:
     folder = _reopen(_train(workshop, "unfit"))
     result = _train(workshop, "unfit", resume=True, force=True, model__hidden_size="64")
