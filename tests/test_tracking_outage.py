@@ -67,7 +67,7 @@ def faulty_proxy(upstream: str) -> Iterator[tuple[str, dict[str, float]]]:
 def _points(run: StoredRun) -> dict[str, list[object]]:
     """Each metric's points: by step and value, or by step where the value is a time."""
     return {
-        key: [step if key.startswith(MEASURED_PREFIXES) else (step, value)
+        key: [step if key.startswith((*MEASURED_PREFIXES, "save/")) else (step, value)
               for step, value in points]
         for key, points in run.metrics.items() if not key.startswith("system/")
     }
@@ -121,7 +121,8 @@ def test_a_run_whose_server_is_killed_for_two_minutes_and_that_is_killed_itself_
                 tracking_server(workplace.tracking_uri, tmp_path / "server", port))
             whole = workplace.start(workplace.train_command(
                 training__experiment_name="whole", **changes), MLFLOW_TRACKING_URI=uri)
-            assert whole.wait(600) == 0, whole.communicate()[0]
+            output = whole.communicate(timeout=600)[0]
+            assert whole.returncode == 0, output
             process = workplace.start(workplace.train_command(
                 training__experiment_name="outage", **changes), MLFLOW_TRACKING_URI=uri)
             _wait_for_point(address, "outage", 100)
@@ -129,7 +130,7 @@ def test_a_run_whose_server_is_killed_for_two_minutes_and_that_is_killed_itself_
         down = time.monotonic()
         time.sleep(20)
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.communicate(timeout=10)
         process = workplace.start(workplace.train_command(
             "--resume", training__experiment_name="outage", **changes), MLFLOW_TRACKING_URI=uri)
         time.sleep(max(0.0, down + OUTAGE_SECONDS - time.monotonic()))
