@@ -112,7 +112,8 @@ def test_the_same_seed_gives_the_same_answers_whatever_the_batch_size(
 
 
 @pytest.mark.parametrize(("model", "benchmarks", "named"), [
-    ("models:/svend-none@full", "accuracy", "there are the models svend-debug"),
+    pytest.param("models:/svend-none@full", "accuracy", "there are the models svend-debug",
+                 marks=pytest.mark.slow),
     pytest.param("models:/svend-debug@full", "accuracy", "svend-debug has the aliases @",
                  marks=pytest.mark.slow),
     pytest.param("models:/svend-debug/99", "accuracy", "models:/svend-debug/99",

@@ -108,6 +108,7 @@ def test_other_tokens_are_refused_though_the_settings_are_the_same(
     assert "the tokenizer was 0000000000000000, now " in str(result.reason)
 
 
+@pytest.mark.slow
 def test_a_forced_resumption_goes_on_and_is_on_record(workshop: Path) -> None:
     folder = _reopen(_train(workshop, "forced"))
     changes = {"training__max_steps": "30", "data__num_samples": "90",
