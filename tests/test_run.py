@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -258,6 +259,11 @@ def test_an_interrupted_mlflow_run_is_killed_with_a_reason_and_goes_on_in_the_sa
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    # What the killed process had not told the store yet is on the disk.
+    sent = workplace.run(
+        [sys.executable, "-m", "svend", "sync", str(workplace.checkpoints / "stop")]
+    )
+    assert sent.returncode == 0 and "entries sent" in sent.stdout, sent.stdout
     by_name = {r.info.run_name: r for r in runs_of(workplace, "stop")}
     resumption = by_name["resumption of tiny-embedded"]
     assert resumption.data.tags["mlflow.parentRunId"] == run.info.run_id
