@@ -145,7 +145,7 @@ def _by_the_grace_time(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("interrupt", "grace_seconds"),
-                         [(_by_a_second_signal, "300"), (_by_the_grace_time, "6")])
+                         [(_by_a_second_signal, "300"), (_by_the_grace_time, "10")])
 def test_an_end_in_the_middle_of_a_save_leaves_the_checkpoint_before_and_is_resumed(
     workplace: Workplace, interrupt: Callable[[subprocess.Popen[str]], None], grace_seconds: str
 ) -> None:
@@ -158,8 +158,7 @@ def test_an_end_in_the_middle_of_a_save_leaves_the_checkpoint_before_and_is_resu
     interrupt(process)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "resume=true" in output
-    assert time.monotonic() - started < 2 + max(10, float(grace_seconds) if grace_seconds == "6"
-                                                else 10)
+    assert time.monotonic() - started < 15
     folder = workplace.checkpoints / "svend"
     (left,) = CheckpointManager(folder).list_checkpoints()
     verify(left)

@@ -116,6 +116,8 @@ class TrialRun:
 
 
 logger = logging.getLogger(__name__)
+# For telling the tracking store of an end that is to be at once.
+LAST_WORD_SECONDS = 2.0
 # The levels that are about training itself.
 STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 
@@ -285,8 +287,14 @@ class PipelineRunner:
         job = self._job
         if job is not None and not signals.at_once:
             self._close_checkpoints(job)
-        wait_seconds = min(self.config.tracking_wait_seconds, signals.remaining_seconds / 2)
-        unsent = tracked.end(status, reason, wait_seconds, lambda: signals.at_once)
+        at_once = signals.at_once
+        wait_seconds = min(
+            LAST_WORD_SECONDS if at_once else self.config.tracking_wait_seconds,
+            0.8 * signals.remaining_seconds,
+        )
+        unsent = tracked.end(
+            status, reason, wait_seconds, lambda: signals.at_once and not at_once
+        )
         for line in unsent:
             say(self._console, line)
         if job is not None:
