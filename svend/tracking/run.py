@@ -134,9 +134,10 @@ class TrackedRun:
 
         notify: shows the user a line: that the store does not answer, or does again.
         """
-        assert isinstance(self._outlet, _Direct)
-        self._outlet.flush()
-        self._outlet = spool = Spool.create(folder, self._address)
+        direct, spool = self._outlet, Spool.create(folder, self._address)
+        assert isinstance(direct, _Direct)
+        self._outlet = spool  # first: system metrics come from a thread of their own
+        direct.flush()
         _few_retries()
         self._send(spool, notify)
 
