@@ -319,7 +319,7 @@ def send_chunk(
     present = [entry for entry in entries if not _was_removed(entry, spool.folder)]
     try:
         deliver(client, spool.address.run_id, present, spool.folder)
-    except Exception as error:
+    except MlflowException as error:
         if not is_refusal(error):
             raise
         _deliver_each(client, spool, present, notify)
@@ -341,7 +341,7 @@ def _deliver_each(
     for entry in entries:
         try:
             deliver(client, spool.address.run_id, [entry], spool.folder)
-        except Exception as error:
+        except MlflowException as error:
             if not is_refusal(error):
                 raise
             with (spool.folder / REFUSED).open("a", encoding="utf-8") as stream:

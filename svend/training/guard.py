@@ -21,9 +21,9 @@ class StepGuard:
     """Accepts a step, or has it skipped, by its loss and the norm of its gradient.
 
     A spike is more than `deviations` standard deviations above the mean of the last `window`
-    accepted steps, once there are `warm_up` of them: the rule of OLMo 2 (arXiv 2501.00656, section
-    3.1; `SkipStepOptimizer` in OLMo-core), but that what falls is no spike, and that a skipped step
-    does not move what the next is held against. None for `deviations` accepts all that is finite.
+    accepted steps, once there are `warm_up` of them: the rule of OLMo 2 (arXiv 2501.00656;
+    `SkipStepOptimizer` in OLMo-core), but that what falls is no spike, and that a skipped step does
+    not move what the next is held against. None for `deviations` accepts all that is finite.
     """
 
     def __init__(
