@@ -33,6 +33,10 @@ class DivergenceError(UserError, RuntimeError):
     """Training that cannot go on: step after step is skipped, or weights are not finite."""
 
 
+class HealthError(UserError, RuntimeError):
+    """A run that look after look is outside the bounds that the configuration sets its health."""
+
+
 class TrialPruned(UserError):
     """A trial of a sweep that is not worth going on with; no failure."""
 

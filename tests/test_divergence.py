@@ -262,9 +262,9 @@ class Workshop:
         config = load_config({}, list(self.overrides(experiment, **changes).items()))
 
         def planted(
-            state: TrainState, training: TrainingConfig, total_steps: int
+            state: TrainState, training: TrainingConfig, total_steps: int, *health: Any
         ) -> Iterator[StepMetrics]:
-            for metrics in train_steps(state, training, total_steps):
+            for metrics in train_steps(state, training, total_steps, *health):
                 if plant is not None:
                     plant(state, metrics)
                 yield metrics

@@ -114,11 +114,16 @@ def _attend_varlen(q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, offsets_E: Te
     return out_NHS.view(batch, length, *out_NHS.shape[1:]).transpose(1, 2)
 
 
-def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of a block, (batch, queries, keys): 0 or minus infinity."""
+def seen_keys(starts_BT: Tensor, queries: slice, first_key: int) -> Tensor:
+    """Return which keys from `first_key` on each query of a block sees, (batch, queries, keys)."""
     key_W = torch.arange(first_key, queries.stop, dtype=torch.int32, device=starts_BT.device)
     query_R1 = key_W[queries.start - first_key :, None]
-    seen_BRW = (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None].int())
+    return (key_W <= query_R1) & (key_W >= starts_BT[:, queries, None].int())
+
+
+def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a block, (batch, queries, keys): 0 or minus infinity."""
+    seen_BRW = seen_keys(starts_BT, queries, first_key)
     seen, unseen = torch.tensor((0.0, -math.inf), dtype=dtype, device=starts_BT.device)
     return torch.where(seen_BRW, seen, unseen)
 

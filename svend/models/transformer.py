@@ -75,6 +75,14 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
     ) -> Tensor:
+        q_BHTS, k_BKTS, v_BKTS = self.project(x_BTD, cos_B1TS, sin_B1TS)
+        dropout = self.dropout if self.training else 0.0
+        return self.join(attend(q_BHTS, k_BKTS, v_BKTS, layout, dropout, fused))
+
+    def project(
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values by head, as attention takes them."""
         batch, length, _ = x_BTD.shape
 
         def split(projected: Tensor, heads: int) -> Tensor:
@@ -83,15 +91,15 @@ class Attention(nn.Module):
         q_BTD = self.q_proj(x_BTD)
         if self.query_factor != 1.0:
             q_BTD = q_BTD * self.query_factor
-        out_BHTS = attend(
+        return (
             rotate(split(q_BTD, self.heads), cos_B1TS, sin_B1TS),
             rotate(split(self.k_proj(x_BTD), self.kv_heads), cos_B1TS, sin_B1TS),
             split(self.v_proj(x_BTD), self.kv_heads),
-            layout,
-            self.dropout if self.training else 0.0,
-            fused,
         )
-        out_BTD: Tensor = self.o_proj(out_BHTS.transpose(1, 2).reshape(batch, length, -1))
+
+    def join(self, out_BHTS: Tensor) -> Tensor:
+        """Return what the heads give together."""
+        out_BTD: Tensor = self.o_proj(out_BHTS.transpose(1, 2).flatten(2))
         return out_BTD
 
 
@@ -230,6 +238,16 @@ class ReasoningTransformer(nn.Module):
 
     def hidden_states(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
         """Return the normed hidden states before the head, (batch, positions, hidden)."""
+        x_BTD, cos_B1TS, sin_B1TS, layout = self.embed(tokens_BT, documents_BT)
+        for block in self.blocks:
+            x_BTD = self._compiled_in_training(block)(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
+        out_BTD: Tensor = self._compiled_in_training(self.final_norm)(x_BTD)
+        return out_BTD
+
+    def embed(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        """Return what the first block takes: embedded tokens, rotary tables, and the layout."""
         x_BTD: Tensor = self.embedding(tokens_BT)
         device_type = tokens_BT.device.type
         if torch.is_autocast_enabled(device_type):
@@ -240,10 +258,7 @@ class ReasoningTransformer(nn.Module):
         positions_BT = index_T - layout.starts_BT
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
-        for block in self.blocks:
-            x_BTD = self._compiled_in_training(block)(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
-        out_BTD: Tensor = self._compiled_in_training(self.final_norm)(x_BTD)
-        return out_BTD
+        return x_BTD, cos_B1TS, sin_B1TS, layout
 
     def _compiled_in_training(self, part: nn.Module) -> Callable[..., Tensor]:
         """Return what to call: without gradients, compiling once more would gain nothing."""

@@ -20,6 +20,8 @@ from svend.pipeline.options import (
     Exhausted,
     FullDisk,
     GatesConfig,
+    HealthAction,
+    HealthConfig,
     LongDocuments,
     LossOn,
     ModelConfig,
@@ -38,11 +40,11 @@ from svend.pipeline.options import (
 __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
     "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
-    "GatesConfig", "LongDocuments", "LossOn", "ModelConfig", "ModelScale", "Optimizer", "OwnSource",
-    "Parametrisation", "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig",
-    "ValidationGate", "create_quick_test_config", "create_scale_test_config", "format_count",
-    "get_model_config", "group_members", "load_config", "load_saved_config",
-    "print_scale_comparison", "scale_table",
+    "GatesConfig", "HealthAction", "HealthConfig", "LongDocuments", "LossOn", "ModelConfig",
+    "ModelScale", "Optimizer", "OwnSource", "Parametrisation", "PipelineConfig", "Precision",
+    "Schedule", "ToolScore", "TrainingConfig", "ValidationGate", "create_quick_test_config",
+    "create_scale_test_config", "format_count", "get_model_config", "group_members", "load_config",
+    "load_saved_config", "print_scale_comparison", "scale_table",
 ]
 
 

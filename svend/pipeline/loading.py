@@ -11,9 +11,12 @@ from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
 from svend.pipeline.options import DataConfig, PipelineConfig
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to_tree
 
-# Where things lie and how much is kept: a resumed run, or a sweep's worker, may differ in these.
+# Where things lie, how much is kept and what is looked at: a resumed run, or a sweep's worker, may
+# differ in these.
 MAY_CHANGE = {
     "checkpoint_dir", "checkpoint_cache_dir", "grace_seconds", "tracking_wait_seconds",
+    "health.every_steps", "health.max_attention_logit", "health.min_relative_update",
+    "health.min_branch_share", "health.max_spikes", "health.action", "health.patience",
     "training.data.cache_dir", "training.data.path",
     "training.data.heldout_path", "training.logging_steps", "training.on_full_disk",
     "training.profile",

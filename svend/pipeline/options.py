@@ -125,6 +125,13 @@ class ToolScore(Enum):
     STRUCTURE = "structure"  # calls as BFCL accepts them
 
 
+class HealthAction(Enum):
+    """What a run does when a look at its health shows a problem."""
+
+    WARN = "warn"
+    FAIL = "fail"  # after as many looks in a row as health.patience says
+
+
 # What eval_benchmarks may name, each also with SAMPLE_SUFFIX behind it.
 BENCHMARK_NAMES = ("accuracy", "tool_accuracy", "gsm8k", "math", "humaneval", "safety_accuracy",
                    "latency_p99", "perplexity")
@@ -504,6 +511,32 @@ class CarryConfig:
 
 
 @dataclass(kw_only=True)
+class HealthConfig:
+    """How often a run looks at its health, and what it calls a problem (docs/health.md)."""
+
+    every_steps: int | None = _default("health.every_steps")
+    max_attention_logit: float | None = _default("health.max_attention_logit")
+    min_relative_update: float | None = _default("health.min_relative_update")
+    min_branch_share: float | None = _default("health.min_branch_share")
+    max_spikes: int | None = _default("health.max_spikes")
+    action: HealthAction = _default_enum("health.action", HealthAction)
+    patience: int = _default("health.patience")
+
+    def check(self) -> None:
+        """Raise ConfigError for a threshold that no look can be held against."""
+        every, logit, spikes = self.every_steps, self.max_attention_logit, self.max_spikes
+        _require(every is None or every >= 1, "health.every_steps", every, "null, or 1 or more")
+        _require(logit is None or (math.isfinite(logit) and logit > 0),
+                 "health.max_attention_logit", logit, "null, or above 0")
+        for name in ("min_relative_update", "min_branch_share"):
+            share = getattr(self, name)
+            _require(share is None or 0 < share < 1, f"health.{name}", share,
+                     "null, or above 0 and below 1")
+        _require(spikes is None or spikes >= 0, "health.max_spikes", spikes, "null, or 0 or more")
+        _require(self.patience >= 1, "health.patience", self.patience, "1 or more")
+
+
+@dataclass(kw_only=True)
 class PipelineConfig:
     """Everything that decides a run. The resolved form is saved with it."""
 
@@ -512,6 +545,7 @@ class PipelineConfig:
     gates: GatesConfig = field(default_factory=GatesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     carry: CarryConfig = field(default_factory=CarryConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     hparams: str | None = _default("hparams")
     init_from: str | None = _default("init_from")
     preset: str = _default("preset")
@@ -543,6 +577,7 @@ class PipelineConfig:
         self.gates.check()
         self.evaluation.check()
         self.carry.check()
+        self.health.check()
         _require(self.grace_seconds > 0, "grace_seconds", self.grace_seconds, "above 0")
         _require(self.tracking_wait_seconds >= 0, "tracking_wait_seconds",
                  self.tracking_wait_seconds, "0 or more")

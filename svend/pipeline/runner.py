@@ -34,6 +34,7 @@ from svend.pipeline.divergence import (
 )
 from svend.pipeline.drive_copier import mount_google_drive
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
+from svend.pipeline.health import HEALTH_TAG, HealthFigures, HealthMonitor
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import (
@@ -73,7 +74,8 @@ from svend.pipeline.validation import (
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
-from svend.tracking.runs import end_joined_run, joined_experiment_name
+from svend.tracking.runs import MAX_TAG_LENGTH, end_joined_run, joined_experiment_name
+from svend.training.health import HealthProbe, HealthReading
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.profiling import profiled_steps
 
@@ -148,6 +150,7 @@ class PipelineRunner:
             thresholds=config.training.validation_gates,
         )
         self._console = make_console()
+        self._health = HealthMonitor(config.health)
         self._below_run_id: str | None = None  # of the scale below, on a ladder
 
     def run_progressive(
@@ -327,6 +330,7 @@ class PipelineRunner:
         A checkpoint due at a skipped step is put off until one is accepted.
         """
         training, total_steps = job.config.training, job.plan.total_steps
+        self._health = HealthMonitor(job.config.health)
         if job.state.step == 0:
             self._evaluate(job)
         else:
@@ -369,7 +373,11 @@ class PipelineRunner:
         signals.raise_if_requested()
 
     def _steps(self, job: Job) -> Iterator[StepMetrics]:
-        steps = train_steps(job.state, job.config.training, job.plan.total_steps)
+        training, every_steps = job.config.training, job.config.health.every_steps
+        probe = None
+        if every_steps is not None:
+            probe = HealthProbe(job.state.model, training.precision, every_steps)
+        steps = train_steps(job.state, training, job.plan.total_steps, probe)
         if not job.config.training.profile:
             return steps
         folder = job.folder.path / "profile"
@@ -398,7 +406,30 @@ class PipelineRunner:
         for reading in readings:
             if reading.skipped:
                 self._console.print(f"step {reading.step}: skipped ({reading})")
+        for metrics, reading in zip(pending, readings, strict=True):
+            if metrics.health is not None:
+                self._check_health(job, metrics, metrics.health, reading)
         return readings, tokens_per_second
+
+    def _check_health(
+        self, job: Job, metrics: StepMetrics, health: HealthReading, reading: StepReading
+    ) -> None:
+        """Log what a look saw; warn of what is out of bounds, or end the run by HealthError."""
+        figures = HealthFigures.read(health)
+        with job.spending("tracking"):
+            job.tracked.log_metrics(figures.metrics(), metrics.step)
+        lines = self._health.judge(
+            figures, metrics.step, metrics.learning_rate / job.config.training.learning_rate,
+            reading.skipped_steps, skipped=reading.skipped,
+        )
+        for line in lines:
+            say(self._console, f"warning: health at {line}")
+        if lines:
+            job.tracked.set_tags({HEALTH_TAG: self._health.summary[:MAX_TAG_LENGTH]})
+        if self._health.failure is not None:
+            self._settle(job)
+            record_verdicts(job.tracked, job.folder)
+            raise self._health.failure
 
     def _track_steps(
         self,

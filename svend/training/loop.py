@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svend.data.stream import Batch
 from svend.device import autocast, to_device
 from svend.pipeline.config import TrainingConfig
 from svend.training.clipping import clip_gradients
+from svend.training.health import HealthProbe, HealthReading
 from svend.training.optimizers import take_step
 from svend.training.state import TrainState
 
@@ -27,7 +29,8 @@ class StepMetrics:
     `loss` (nats per predicted token, over the whole step), `gradient_norm` (before clipping),
     `skipped_steps` (so far) and `skipped_in_a_row` (up to this step; 0 if it was not skipped) are
     scalars on the device: reading them waits for it. `learning_rate` is the schedule's, before the
-    factors of the parametrisation. `tokens` counts the run's predicted tokens so far.
+    factors of the parametrisation. `tokens` counts the run's predicted tokens so far. `health` is
+    there where a look was due.
     """
 
     step: int
@@ -38,10 +41,14 @@ class StepMetrics:
     started_seconds: float
     skipped_steps: Tensor
     skipped_in_a_row: Tensor
+    health: HealthReading | None = None
 
 
 def train_steps(
-    state: TrainState, training: TrainingConfig, total_steps: int
+    state: TrainState,
+    training: TrainingConfig,
+    total_steps: int,
+    health: HealthProbe | None = None,
 ) -> Iterator[StepMetrics]:
     """Train until `total_steps`, yielding after each optimizer step.
 
@@ -52,21 +59,25 @@ def train_steps(
     """
     while state.step < total_steps:
         started_seconds = time.perf_counter()
-        loss, step_tokens = _accumulate_gradients(state, training)
+        micro_batches = [next(state.stream) for _ in range(training.gradient_accumulation_steps)]
+        loss, step_tokens = _accumulate_gradients(state, training, micro_batches)
         learning_rate = training.learning_rate * state.rate_factor
+        end_look = None if health is None else health.begin(state.step + 1)
         gradient_norm = _update(state, loss, training.max_grad_norm)
         state.step += 1
         state.tokens += step_tokens
         yield StepMetrics(
             state.step, loss, gradient_norm, learning_rate, state.tokens, started_seconds,
             state.guard.skipped_steps, state.guard.skipped_in_a_row,
+            None if end_look is None else end_look(micro_batches[0]),
         )
 
 
-def _accumulate_gradients(state: TrainState, training: TrainingConfig) -> tuple[Tensor, int]:
+def _accumulate_gradients(
+    state: TrainState, training: TrainingConfig, micro_batches: list[Batch]
+) -> tuple[Tensor, int]:
     """Run the micro-batches forward and backward; return the step's loss and token count."""
     state.model.train()
-    micro_batches = [next(state.stream) for _ in range(training.gradient_accumulation_steps)]
     step_tokens = sum(batch.predicted_tokens for batch in micro_batches)
     loss = torch.zeros((), device=state.device)
     for batch in micro_batches:
