@@ -265,13 +265,15 @@ class TwoParts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(512, 1024, bias=False)
-        self.second = nn.Sequential(nn.Linear(96, 3000), nn.Linear(3, 3))
+        self.second = nn.Sequential(nn.Linear(96, 3000), nn.Linear(64, 64))
         self.scale = nn.Parameter(torch.ones(()))
 
 
 def test_another_module_is_looked_at_by_its_parts_on_a_sample_that_no_column_escapes() -> None:
     torch.manual_seed(0)
     model = TwoParts()
+    with torch.no_grad():
+        model.second[1].weight.mul_(5)
     weights = LayerWeights(model)
     assert sorted(weights.layers) == ["first", "scale", "second"]
     before = weights.sample()
@@ -280,7 +282,8 @@ def test_another_module_is_looked_at_by_its_parts_on_a_sample_that_no_column_esc
         # One column in eight moves: a stride along the columns would see all of it, or nothing.
         model.first.weight[:, ::8] *= 1.5
         model.second[0].weight.add_(torch.randn(3000, 96) * 0.01)
-        norm = float(model.second[0].weight.norm())
+        # Beside a small one that is looked at whole: each counts by its entries, not its sample's.
+        norm = float(torch.nn.utils.parameters_to_vector(model.second.parameters()).norm())
     found = dict(zip(weights.layers, weights.relative_update(before).tolist(), strict=True))
     assert found["first"] == pytest.approx(0.5 / math.sqrt(8), rel=0.03)
     assert found["second"] == pytest.approx(0.01 * math.sqrt(3000 * 96) / norm, rel=0.05)
