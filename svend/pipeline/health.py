@@ -17,8 +17,8 @@ from svend.pipeline.config import HealthAction, HealthConfig
 from svend.training.health import HealthReading
 
 HEALTH_TAG = "svend.health"
-# Of the peak rate. Far below it fp32 rounds away what a healthy layer would have moved: at a peak of
-# 3e-4 a gain of 1 still moves by 3e-7, a few units in its last place; by 3e-9 it does not.
+# Of the peak rate. Far below it fp32 rounds away what a healthy layer would have moved: at a peak
+# of 3e-4 a gain of 1 still moves by 3e-7, a few units in its last place; by 3e-9 it does not.
 LOWEST_RATE_FACTOR = 1e-3
 
 
