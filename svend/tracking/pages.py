@@ -1,4 +1,4 @@
-"""MLflow's own pages: their addresses, and the columns that an experiment's runs are shown with."""
+"""MLflow's own pages: their addresses, and a view of runs that is prepared for scales."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ FOR_TRAINING = "workflowType=machine_learning"
 # What MLflow's button "share" writes: a tag of the experiment, with the page's state as JSON.
 SHARED_VIEW_TAG = "mlflow.sharedViewState."
 SCALES_VIEW = "svend-scales"
+# Not ladders, sweeps and comparisons, which train nothing.
+PLANNED_RUNS = "metrics.`plan/parameters` > 0"
 SCALES_COLUMNS = (
     "tags.`svend.scale`",
     "params.`config.model.name`",
@@ -61,22 +63,48 @@ def compare_page(
             f"&{FOR_TRAINING}")
 
 
-def scales_page(tracking_uri: str, experiment_id: str) -> str:
-    """Return the address of an experiment's runs with the columns for comparing scales."""
+def scales_page(tracking_uri: str, experiment_id: str, *, as_charts: bool) -> str:
+    """Return the address of an experiment's runs with the view that is prepared for scales."""
+    mode = "&compareRunsMode=CHART" if as_charts else ""
     return (f"{_address(tracking_uri)}/#/experiments/{experiment_id}/runs?{FOR_TRAINING}"
-            f"&viewStateShareKey={SCALES_VIEW}")
+            f"&viewStateShareKey={SCALES_VIEW}{mode}")
 
 
-def prepare_columns(experiment_id: str) -> None:
-    """Have an experiment offer the columns for comparing scales, the largest model first."""
+def prepare_scales_view(experiment_id: str) -> None:
+    """Have an experiment offer a view for comparing scales: columns, the largest model first, and
+    losses against tokens and FLOPs.
+    """
     state = {
+        "searchFilter": PLANNED_RUNS,
         "selectedColumns": SCALES_COLUMNS,
         "orderByKey": "metrics.`plan/parameters`",
         "orderByAsc": False,
+        "compareRunCharts": [
+            _loss_chart(metric, against)
+            for metric in ("eval/heldout_loss", "train/loss")
+            for against in ("train/tokens", "train/flops")
+        ],
+        "compareRunSections": [{"uuid": SCALES_VIEW, "name": "Scales", "display": True,
+                                "isReordered": False, "deleted": False, "isGenerated": False}],
+        # Else MLflow sorts sections by name, and these charts come behind a hundred others.
+        "isAccordionReordered": True,
     }
     MlflowClient().set_experiment_tag(
         experiment_id, f"{SHARED_VIEW_TAG}{SCALES_VIEW}", json.dumps(state)
     )
+
+
+def _loss_chart(metric: str, against: str) -> dict[str, object]:
+    """Return a chart of MLflow's own, of a metric against another in place of the step."""
+    return {
+        "type": "LINE", "uuid": f"{metric} against {against}", "metricSectionId": SCALES_VIEW,
+        "displayName": f"{metric} against {against}", "metricKey": metric,
+        "selectedMetricKeys": [metric], "runsCountToCompare": 10, "deleted": False,
+        "isGenerated": False, "lineSmoothness": 0, "scaleType": "linear", "range": {},
+        "xAxisKey": "metric", "selectedXAxisMetricKey": against, "xAxisScaleType": "linear",
+        "yAxisKey": "metric", "yAxisExpressions": [], "useGlobalXaxisKey": False,
+        "useGlobalLineSmoothing": True, "ignoreOutliers": False,
+    }
 
 
 def _address(tracking_uri: str) -> str:

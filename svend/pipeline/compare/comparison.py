@@ -22,14 +22,14 @@ from svend.pipeline.compare.runs import (
     order_runs,
     runs_frame,
 )
-from svend.pipeline.compare.selection import Wanted, choose_runs
+from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.pages import (
     compare_page,
     is_local,
-    prepare_columns,
+    prepare_scales_view,
     scales_page,
     ui_command,
 )
@@ -37,7 +37,7 @@ from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, configure_mlflow, joined_experiment_name, store_uri
 
 PAGE, TABLE, CURVES = "comparison.html", "comparison", "curves.parquet"
-RUN_NAME, TAG = "comparison", "svend.comparison"
+RUN_NAME = "comparison"
 FILES = (PAGE, f"{TABLE}.parquet", f"{TABLE}.csv", CURVES, *(f"{f.name}.png" for f in DRAWN))
 
 
@@ -63,7 +63,7 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
         with told_by_the_store(f"{out / PAGE}, written but not logged"):
             run_id = _log(folder, experiment, runs, comparison)
             for experiment_id in {run.experiment_id for run in runs}:
-                prepare_columns(experiment_id)
+                prepare_scales_view(experiment_id)
     _say(Console(highlight=False), comparison, out, run_id, pages)
     return out / PAGE
 
@@ -126,7 +126,7 @@ def _log(
     try:
         tracked.set_tags({
             **environment_tags(),
-            TAG: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
+            COMPARISON: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
             "mlflow.note.content": comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
         })
         tracked.log_artifacts(folder, RUN_NAME)
@@ -146,7 +146,9 @@ def _pages(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     experiments = list(dict.fromkeys(run.experiment_id for run in runs))
     pages = [("start MLflow", ui_command(uri))] if is_local(uri) else []
     pages.append(("side by side", compare_page(uri, experiments, [run.run_id for run in runs])))
-    pages += [("as columns", scales_page(uri, experiment)) for experiment in experiments]
+    for label, as_charts in (("as columns", False), ("as charts", True)):
+        pages += [(label, scales_page(uri, experiment, as_charts=as_charts))
+                  for experiment in experiments]
     return pages
 
 

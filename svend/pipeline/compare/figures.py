@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # 830 pixels wide, with letters that are still read where it is shown on a phone at 360.
 SIZE_INCHES, DOTS_PER_INCH = (5.2, 3.9), 160
 MOST_IN_LEGEND = 10
+LONGEST_NAME = 24  # characters; a longer one leaves a figure no room
 TRAIN_POINTS = 400  # of a curve; more than that no one sees
 LAW_POINTS = 12
 BEYOND = 2.0  # the law is drawn up to so many times the tokens that were measured
@@ -73,13 +74,14 @@ def _save(canvas: Canvas, path: Path) -> None:
 def _colours(runs: pd.DataFrame) -> dict[str, tuple[float, ...]]:
     """Return a colour for each run: by the order of size, dark to light."""
     names = [str(run) for run in runs["run"]]
-    shades = mpl.colormaps["viridis"](np.linspace(0, 0.88, len(names)))
+    shades = mpl.colormaps["viridis"](np.linspace(0, 0.8, len(names)))
     return {name: tuple(shade) for name, shade in zip(names, shades, strict=True)}
 
 
 def _words(text: str) -> str:
-    """Return a name as matplotlib shows it: no formula, no letter that its font lacks."""
-    return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$").lstrip("_")
+    """Return a name as matplotlib shows it: no formula, no letter that its font lacks, not long."""
+    short = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+    return short.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$").lstrip("_")
 
 
 def _legend(axis: Axes, entries: int) -> None:

@@ -15,21 +15,22 @@ import pandas as pd
 from svend.pipeline.compare.figures import Comparison, Figure
 from svend.pipeline.compare.predictions import COMPARED, came_true, differences, shown_value
 from svend.pipeline.compare.runs import LEVELS, NOT_ASKED, NOT_DECIDED, benchmark_names
-from svend.pipeline.config import format_count
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 14px 3em;max-width:62em;color:#222}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 14px 3em;max-width:62em;color:#222;
+overflow-wrap:break-word}
 h1{font-size:1.5em}h2{font-size:1.2em;margin:1.8em 0 .4em;border-bottom:1px solid #ccc}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.87em;margin:.5em 0}
 td,th{border:1px solid #ccc;padding:3px 8px;text-align:right;vertical-align:top}
 th{background:#f3f3f3;font-weight:600}td:first-child,th:first-child{text-align:left}
+td:first-child{position:sticky;left:0;background:#fff}
 td small{display:block;color:#444;white-space:nowrap}
 figure{margin:.8em 0;max-width:44em}img{width:100%;height:auto;display:block}
 figcaption{font-size:.85em;color:#444}
 .alike,.pass,.inside{background:#d4efd4}.differ,.fail,.above{background:#f8c8c8}
 .warn,.undecided{background:#fdebc8}.below{background:#d3e5f8}
 .none{color:#666;font-style:italic;background:#fafafa}
-p.alike,p.differ{padding:.5em .8em}code{overflow-wrap:anywhere;font-size:.9em}
+p.alike,p.differ{padding:.5em .8em}li{overflow-wrap:anywhere}
 @page{margin:14mm}
 @media print{body{font-size:10pt;max-width:none;padding:0}.scroll{overflow:visible}
 table{font-size:8pt}td,th{padding:1px 4px}td small{white-space:normal}
@@ -327,7 +328,11 @@ def _interval(low: float, high: float, as_text: Callable[[float], str]) -> Cell:
 
 
 def _count(value: float) -> str:
-    return format_count(int(value)) if math.isfinite(value) else str(value)
+    """Return a count to three digits: runs of nearly one size are to be told apart."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.0f}"
 
 
 def _loss(value: float) -> str:

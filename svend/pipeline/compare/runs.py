@@ -55,8 +55,11 @@ def matrix_parameters(run: LoggedRun) -> float:
     shape = {key.removeprefix(prefix): value for key, value in run.params.items()
              if key.startswith(prefix)}
     try:
-        values: dict[str, Any] = {key: value if key == "name" else float(value) if "." in value
-                                  else int(value) for key, value in shape.items()}
+        # A count is written without a point, a rate perhaps too: 1e-05.
+        values: dict[str, Any] = {
+            key: value if key == "name" else int(value) if value.isdecimal() else float(value)
+            for key, value in shape.items()
+        }
         model = ModelConfig(**values)
     except (TypeError, ValueError):
         return math.nan

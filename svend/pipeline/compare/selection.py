@@ -16,6 +16,7 @@ from svend.tracking.history import (
 from svend.tracking.runs import newest_run
 
 LADDER_NAME = "svend.ladder.name"  # the tag of a ladder's own run
+COMPARISON = "svend.comparison"  # the tag of a comparison's own run, with what it compares
 LOSSES = ("train/loss", "eval/heldout_loss")
 
 
@@ -118,11 +119,12 @@ def _rungs(ladder: LoggedRun, left_out: list[str]) -> list[LoggedRun]:
 
 
 def _runs_of(experiment: str, left_out: list[str]) -> list[LoggedRun]:
-    found = runs_of_experiment(experiment)
+    found = [run for run in runs_of_experiment(experiment) if COMPARISON not in run.tags]
     with_loss = [run for run in found if has_loss(run)]
     if not with_loss:
         raise TrackingError(f"experiment {experiment}: none of its {len(found)} runs has logged a "
                             "loss; give an experiment with runs that have trained")
     if len(with_loss) < len(found):
-        left_out.append(f"{len(found) - len(with_loss)} runs of {experiment} that logged no loss")
+        left_out.append(f"of {experiment}, what logged no loss: {len(found) - len(with_loss)} of "
+                        f"{len(found)} runs")
     return with_loss[::-1]
