@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
+from urllib.parse import parse_qs
 
 import mlflow
 import pandas as pd
@@ -34,13 +35,13 @@ from svend.pipeline.compare.runs import label_runs, matrix_parameters
 from svend.pipeline.compare.selection import Wanted, choose_runs
 from svend.planning.scaling_law import ScalingLaw
 from svend.tracking.history import LoggedRun, metric_history
-from svend.tracking.pages import SCALES_VIEW, SHARED_VIEW_TAG
+from svend.tracking.pages import SCALES_VIEW, SHARED_VIEW_TAG, compare_page
 from svend.tracking.runs import PARENT_TAG
 from tests.conftest import Workplace
 from tests.refusals import refusal_of
 from tests.registry import store
 
-LAW = ScalingLaw(irreducible=1.6, a=40.0, alpha=0.30, b=60.0, beta=0.32, gamma=0.4)
+LAW = ScalingLaw(irreducible=1.6, a=40.0, alpha=0.30, b=60.0, beta=0.32, gamma=0.1)
 STEPS, TOKENS_PER_STEP = 8, 50_000
 GATES = {"quick.no_nan": "nonfinite_parameters == 0", "full.min_accuracy": "accuracy > 0.1",
          "production.latency_p99": "latency_p99 < 5"}
@@ -365,6 +366,15 @@ def test_the_experiment_offers_the_columns_for_scales(ladder_report: Path) -> No
     for chart in view["compareRunCharts"]:
         assert all(chart["metricKey"] in run.data.metrics for run in runs)
         assert all(chart["selectedXAxisMetricKey"] in run.data.metrics for run in runs)
+
+
+def test_the_page_of_chosen_runs_is_that_of_the_server() -> None:
+    address = compare_page("https://tracking.example/", ["1", "2"], ["a", "b"])
+    place, _, query = address.partition("/#/compare-runs?")
+    assert place == "https://tracking.example"
+    fields = parse_qs(query)
+    assert json.loads(fields["runs"][0]) == ["a", "b"]
+    assert json.loads(fields["experiments"][0]) == ["1", "2"]
 
 
 def _has(runs: list[Run], column: str) -> bool:
