@@ -34,9 +34,9 @@ from svend.pipeline.compare.report import comparability_line, comparison_html, m
 from svend.pipeline.compare.runs import label_runs, matrix_parameters
 from svend.pipeline.compare.selection import Wanted, choose_runs
 from svend.planning.scaling_law import ScalingLaw
-from svend.tracking.history import LoggedRun, metric_history
+from svend.tracking.history import LoggedRun
 from svend.tracking.pages import SCALES_VIEW, SHARED_VIEW_TAG, compare_page
-from svend.tracking.runs import PARENT_TAG
+from svend.tracking.runs import PARENT_TAG, metric_history
 from tests.conftest import Workplace
 from tests.refusals import refusal_of
 from tests.registry import store
@@ -62,6 +62,7 @@ class Rung:
     accuracy: float = 0.3
     predicted: tuple[float, float, float] | None = None
     finished: bool = True
+    steps: int = STEPS
 
     @property
     def parameters(self) -> int:
@@ -99,7 +100,7 @@ def log_rung(experiment_id: str, rung: Rung, parent: str | None = None, **tags: 
         ("plan/flops", 0): 1e12, ("plan/peak_memory_gb", 0): 10.0, ("plan/seconds", 0): 400.0,
         ("gate/quick/no_nan", STEPS): 1.0,
     }
-    for step in range(1, STEPS + 1):
+    for step in range(1, rung.steps + 1):
         tokens = step * TOKENS_PER_STEP
         loss = LAW.loss(rung.parameters, tokens)
         metrics |= {
@@ -167,6 +168,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
                 "large", 192, predicted=(expected["large"] - 0.2, expected["large"] - 0.3,
                                          expected["large"] - 0.1)), ladder),
         }
+        log_rung(experiment, Rung("large", 192, steps=2), ladder, **{"svend.ladder.stress": "true"})
         other = client.create_experiment("others")
         killed = log_rung(other, Rung("killed", 64, finished=False), **{
             "svend.data_fingerprint": "f" * 64})
@@ -298,6 +300,17 @@ def test_predictions_stand_beside_what_came_true(ladder_report: Path, made: Made
     assert [row[0][0] for row in shown] == ["large"]
 
 
+def test_a_rung_that_was_stopped_is_not_held_against_the_prediction_of_its_end(made: Made) -> None:
+    experiment = MlflowClient().create_experiment("stopped")
+    rungs = [Rung("stopped", 64, predicted=(7.0, 6.9, 7.1), finished=False, steps=4),
+             Rung("ended", 64, predicted=(7.0, 6.9, 7.1))]
+    frame = compared(*(log_rung(experiment, rung) for rung in rungs)).runs
+    rows = came_true(frame).set_index("run")
+    assert rows.loc["stopped", "came_true"] == "not at its end"
+    assert math.isnan(rows.loc["stopped", "measured"])
+    assert rows.loc["ended", "measured"] == frame.set_index("run").loc["ended", "horizon_loss"]
+
+
 def test_the_gate_matrix_says_each_decision_in_words_and_colour(ladder_report: Path) -> None:
     page = Page((ladder_report / "comparison.html").read_text(encoding="utf-8"))
     assert [text for text, _ in next(row for row in page.rows if row[0][0] == "gate")[1:]] == [
@@ -353,7 +366,7 @@ def test_the_report_is_logged_on_a_run_of_its_own(ladder_report: Path, made: Mad
     # A comparison is none of the runs of its experiment that trained.
     chosen = choose_runs(Wanted(experiment="scales"))
     assert run.info.run_id not in {other.run_id for other in chosen.runs}
-    assert len(chosen.runs) == 5
+    assert len(chosen.runs) == 6
 
 
 def test_the_experiment_offers_the_columns_for_scales(ladder_report: Path) -> None:

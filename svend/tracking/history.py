@@ -75,12 +75,6 @@ def runs_of_experiment(name: str) -> list[LoggedRun]:
     return list(_search({ids[name]: name}, ""))
 
 
-def metric_history(run_id: str, key: str) -> dict[int, float]:
-    """Return a metric by step; where a run went back, what it logged last."""
-    points = MlflowClient().get_metric_history(run_id, key)
-    return {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
-
-
 def read_artifact(run_id: str, name: str) -> str | None:
     """Return the text of an artifact at the top of a run's; None if the run has none so named."""
     if not any(entry.path == name for entry in MlflowClient().list_artifacts(run_id)):

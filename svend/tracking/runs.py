@@ -89,6 +89,22 @@ def run_shows(run_id: str, metric: str, value: float) -> bool:
         return False
 
 
+def metric_history(run_id: str, metric: str) -> dict[int, float]:
+    """Return a metric's values by step, the last one where a step has several.
+
+    Raises TrackingError if the store has no such run.
+    """
+    client = MlflowClient()
+    try:
+        points = client.get_metric_history(run_id, metric)
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:200]}; "
+            "check the run's id and MLFLOW_TRACKING_URI"
+        ) from error
+    return {point.step: point.value for point in sorted(points, key=lambda p: p.timestamp)}
+
+
 def tags_of(run_id: str) -> dict[str, str]:
     """Return a run's tags; none if the store has no such run."""
     try:

@@ -16,6 +16,7 @@ COMPARED = {
     "data_fingerprint": "data fingerprint", "tokenizer_sha256": "tokenizer",
     "schedule": "schedule", "heldout": "held-out sample",
 }
+NOT_AT_ITS_END = "not at its end"
 DIGEST_CHARACTERS = 12
 NO_HORIZONS = ("no run logged horizons (horizon/heldout_loss), the points of equally decayed "
                "schedules that a law is fitted to; the rungs of a ladder log them")
@@ -78,10 +79,13 @@ def shown_value(column: str, value: object) -> str:
 def came_true(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each run that a ladder predicted: what was, and where the loss came out.
 
-    Measured is the loss at the last horizon, or the held-out loss where there is none.
+    What is predicted is the loss at the end of the plan. Measured is that of the horizon there, or
+    the held-out loss of a run without horizons that finished.
     """
     rows = frame[frame["predicted_loss"].notna()]
-    measured = rows["horizon_loss"].fillna(rows["heldout_loss"])
+    at_end = rows["horizon_tokens"] >= rows["planned_tokens"]
+    finished = rows["horizon_tokens"].isna() & (rows["status"] == "FINISHED")
+    measured = rows["horizon_loss"].where(at_end, rows["heldout_loss"].where(finished))
     return pd.DataFrame({
         "run": rows["run"], "predicted": rows["predicted_loss"], "low": rows["predicted_low"],
         "high": rows["predicted_high"], "measured": measured,
@@ -101,7 +105,7 @@ def relative_error_of(measured: pd.Series, predicted: pd.Series) -> list[float]:
 
 def _where(loss: float, low: float, high: float) -> str:
     if math.isnan(loss):
-        return "not measured yet"
+        return NOT_AT_ITS_END
     if math.isnan(low) or math.isnan(high):
         return "no interval"
     return "inside" if low <= loss <= high else "above" if loss > high else "below"

@@ -13,7 +13,13 @@ from typing import Any
 import pandas as pd
 
 from svend.pipeline.compare.figures import Comparison, Figure
-from svend.pipeline.compare.predictions import COMPARED, came_true, differences, shown_value
+from svend.pipeline.compare.predictions import (
+    COMPARED,
+    NOT_AT_ITS_END,
+    came_true,
+    differences,
+    shown_value,
+)
 from svend.pipeline.compare.runs import LEVELS, NOT_ASKED, NOT_DECIDED, benchmark_names
 
 STYLE = """
@@ -38,7 +44,7 @@ figure,tr,p{break-inside:avoid}h2{break-after:avoid}
 figure{max-width:13cm}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 NOT_LOGGED = "not logged"
-CLASSES = {"FAIL": "fail", NOT_DECIDED: "none", NOT_ASKED: "none", "not measured yet": "none",
+CLASSES = {"FAIL": "fail", NOT_DECIDED: "none", NOT_ASKED: "none", NOT_AT_ITS_END: "none",
            "no interval": "none"}
 # What a run should have logged, and when it would have.
 AT_ITS_END = "a run logs it as it finishes"

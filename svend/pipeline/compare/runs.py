@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from svend.pipeline.config import ModelConfig
-from svend.tracking.history import LoggedRun, metric_history, read_artifact
+from svend.tracking.history import LoggedRun, read_artifact
+from svend.tracking.runs import metric_history
 
 VERDICTS = "verdicts.csv"
 # How svend.device.describe_device ends for a CPU.
@@ -192,13 +193,14 @@ def _heldout(params: dict[str, str]) -> str | None:
 def _losses(run: LoggedRun, curves: pd.DataFrame) -> dict[str, float]:
     own = curves[curves["run_id"] == run.run_id]
     last = {kind: rows.iloc[-1] for kind, rows in own.groupby("kind", sort=False)}
-    nowhere = pd.Series({"loss": math.nan})
+    nowhere = pd.Series({"loss": math.nan, "tokens": math.nan})
     return {
         "steps": float(own["step"].max()),
         "tokens": float(own["tokens"].max()), "flops": float(own["flops"].max()),
         "train_loss": float(last.get("train", nowhere)["loss"]),
         "heldout_loss": float(last.get("heldout", nowhere)["loss"]),
         "horizon_loss": float(last.get("horizon", nowhere)["loss"]),
+        "horizon_tokens": float(last.get("horizon", nowhere)["tokens"]),
         "perplexity": run.metrics.get("eval/perplexity", math.nan),
         "bits_per_byte": run.metrics.get("eval/bits_per_byte", math.nan),
     }

@@ -16,6 +16,7 @@ from svend.tracking.history import (
 from svend.tracking.runs import newest_run
 
 LADDER_NAME = "svend.ladder.name"  # the tag of a ladder's own run
+STRESS = "svend.ladder.stress"  # the tag of a run that only tries a rung's learning rate
 COMPARISON = "svend.comparison"  # the tag of a comparison's own run, with what it compares
 LOSSES = ("train/loss", "eval/heldout_loss")
 
@@ -103,7 +104,7 @@ def _rungs(ladder: LoggedRun, left_out: list[str]) -> list[LoggedRun]:
     """Return the newest attempt of each rung that has logged a loss."""
     attempts: dict[tuple[str, str], list[LoggedRun]] = {}
     for run in runs_below(ladder.run_id):
-        if has_loss(run):
+        if has_loss(run) and STRESS not in run.tags:
             of = (run.tags.get("svend.scale", ""), run.params.get("config.model.name", run.name))
             attempts.setdefault(of, []).append(run)
     if not attempts:
