@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -445,6 +446,19 @@ def test_figures_of_an_earlier_report_do_not_stay(made: Made) -> None:
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+def test_a_disk_that_fills_up_leaves_the_earlier_report_whole(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    out.mkdir()
+    for name in FILES:
+        (out / name).write_text("earlier", encoding="utf-8")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("shutil.copytree", side_effect=full):
+        line = refusal_of(["compare", made.killed, "--out", str(out)], tmp_path, capsys)
+    assert "report: cannot be written (No space left on device)" in line
+
+
 def test_the_run_of_mlflow_run_is_joined(made: Made) -> None:
     client = MlflowClient()
     experiment = client.create_experiment("joined")
@@ -480,6 +494,7 @@ REFUSALS = [
     ("--experiment nothing", "experiment nothing: none of its 0 runs has logged a loss"),
     ("{tiny} --out {here}/file", "{here}/file: cannot be written"),
     ("{tiny} --out {here}/file/below", "cannot be written"),
+    ("{tiny} --out {here}/" + "a" * 300, "cannot be written (File name too long)"),
     ("{tiny} --gpu-hour-price cheap", "gpu-hour-price = cheap: must be a number, 0 or more"),
     ("{tiny} --gpu-hour-price -1", "gpu-hour-price"),
     ("{tiny} --gpu-hour-price nan", "gpu-hour-price = nan"),

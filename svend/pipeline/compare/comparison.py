@@ -79,9 +79,9 @@ def read_comparison(
 
 
 def _check_folder(out: Path) -> None:
-    """Make the folder, and raise ConfigError if nothing can be written into it."""
-    existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    """Raise ConfigError if nothing can be written into the folder, or it cannot be made."""
     try:
+        existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
         with TemporaryDirectory(dir=existing):
             pass
     except OSError as error:
@@ -107,12 +107,14 @@ def _put(folder: Path, out: Path) -> None:
     """Have the files in the user's folder, in place of those of an earlier comparison."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, out / f".{name}")
-                (out / f".{name}").replace(out / name)
-            else:
-                (out / name).unlink(missing_ok=True)
+        with TemporaryDirectory(dir=out, prefix=".") as name:
+            # First all of them there, where a disk may fill up: then only renamings are left.
+            beside = Path(shutil.copytree(folder, Path(name) / "files"))
+            for file in FILES:
+                if (beside / file).exists():
+                    (beside / file).replace(out / file)
+                else:
+                    (out / file).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(out, error) from error
 
