@@ -14,7 +14,7 @@ from svend import __version__
 from svend.errors import ConfigError, UserError
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
-from svend.pipeline.compare.report import comparability_line, comparison_html
+from svend.pipeline.compare.report import comparability_line, comparison_html, count_runs
 from svend.pipeline.compare.runs import (
     curves_frame,
     gates_frame,
@@ -160,7 +160,7 @@ def _say(
 ) -> None:
     """Print what the report says first, where it is, and what to type next."""
     lines = [
-        ("compared", f"{len(comparison.runs)} runs: {', '.join(comparison.runs['run'])}"),
+        ("compared", f"{count_runs(comparison.runs)}: {', '.join(comparison.runs['run'])}"),
         *(("left out", line) for line in comparison.left_out),
         ("", comparability_line(comparison.runs)),
         ("report", str((out / PAGE).absolute())),

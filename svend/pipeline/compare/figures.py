@@ -220,7 +220,8 @@ def _name_places(axis: Axes, names: pd.Series) -> None:
 DRAWN: dict[Figure, Callable[[Axes, Comparison], bool]] = {
     Figure("loss_by_tokens", "Loss against tokens",
            "Thin: training loss of a batch. Dots: held-out loss. Stars: held-out loss at horizons, "
-           "where the learning rate has decayed. Dark is the smallest model, light the largest."):
+           "where the learning rate has decayed; these count padding as tokens, as a plan does. "
+           "Dark is the smallest model, light the largest."):
         _loss_against("tokens", "tokens"),
     Figure("loss_by_flops", "Loss against FLOPs",
            "The same losses against the model FLOPs that training has spent, by formula."):

@@ -91,7 +91,7 @@ def comparison_html(
         ("Elsewhere", _list(f"{label}: {address}" for label, address in pages)),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
-    count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    count = count_runs(runs)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -99,6 +99,11 @@ def comparison_html(
         f"<h1>Comparison of {count}</h1><p>{html.escape(made)}</p>{_comparability(runs)}"
         f"{_left_out(comparison.left_out)}{body}</body></html>\n"
     )
+
+
+def count_runs(runs: pd.DataFrame) -> str:
+    """Return how many runs there are, in words."""
+    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def comparability_line(runs: pd.DataFrame) -> str:
