@@ -13,6 +13,7 @@ from svend.bench import chaos_command, parametrisation_command
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, UserError, one_line
 from svend.pipeline import exchange_command, sync_command
+from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
     group_members,
@@ -57,7 +58,7 @@ GROUP_HELP = {
 SHOWN = {
     "history": promotion_command.run_history, "lineage": promotion_command.run_lineage,
     "export": exchange_command.run_export, "import": exchange_command.run_import,
-    "sync": sync_command.run,
+    "sync": sync_command.run, "compare": compare_command.run,
 }
 WITHOUT_CONFIG = ("chaos", "scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
@@ -103,7 +104,11 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.command == "audit":
         return promotion_command.run_audit(known)
     if known.command in SHOWN:
-        SHOWN[known.command](known)
+        try:
+            SHOWN[known.command](known)
+        except UserError as error:
+            _end_joined_run(error)
+            raise
         return 0
     measured = {
         "coordcheck": parametrisation_command.run_coordcheck,
@@ -195,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", "tell the tracking store what it missed",
          "Send the tracking store what runs could not, for it was down or they were killed.",
          sync_command.HELP, sync_command.add_options),
+        ("compare", "one report of runs or ladders",
+         "Hold runs beside one another, or the rungs of ladders: losses, fit, predictions and what "
+         "came true, gates, planned and measured, benchmarks, cost.",
+         compare_command.HELP, compare_command.add_options),
         ("chaos", "kill runs and see whether they end the same",
          "Train a small run, kill and resume it, and compare with one that never was killed.",
          chaos_command.HELP, chaos_command.add_options),

@@ -42,6 +42,11 @@ def fetch_artifact(uri: str, folder: Path) -> Path:
         ) from error
 
 
+def store_uri() -> str:
+    """Return the address of the current tracking store."""
+    return str(mlflow.get_tracking_uri())
+
+
 def newest_run(tags: Mapping[str, str]) -> str | None:
     """Return the newest run, of any experiment, that has all these tags; None if none has."""
     if any("'" in value for value in tags.values()):
