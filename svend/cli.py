@@ -13,6 +13,7 @@ from svend.bench import chaos_command, parametrisation_command
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, UserError, one_line
 from svend.pipeline import exchange_command, sync_command
+from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
     group_members,
@@ -20,6 +21,7 @@ from svend.pipeline.config import (
     print_scale_comparison,
 )
 from svend.pipeline.interruption import EXIT_INTERRUPTED
+from svend.pipeline.ladder import command as ladder_command
 from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
 from svend.serving import command as serve_command
@@ -56,7 +58,7 @@ GROUP_HELP = {
 SHOWN = {
     "history": promotion_command.run_history, "lineage": promotion_command.run_lineage,
     "export": exchange_command.run_export, "import": exchange_command.run_import,
-    "sync": sync_command.run,
+    "sync": sync_command.run, "compare": compare_command.run,
 }
 WITHOUT_CONFIG = ("chaos", "scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
@@ -67,19 +69,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         known, rest = _parser().parse_known_args(arguments)
-        if known.command in WITHOUT_CONFIG:
-            return _run_without_config(known, rest)
-        if known.command in ON_A_VERSION:
-            return _on_a_version(known, rest)
-        if known.command == "sweep":
-            return _sweep(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
-        return _run_pipeline(known, rest)
+        return _run(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("error: interrupted before the run began", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _run(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run a command; `arguments` are those behind its name."""
+    if known.command in WITHOUT_CONFIG:
+        return _run_without_config(known, rest)
+    if known.command in ON_A_VERSION:
+        return _on_a_version(known, rest)
+    if known.command == "sweep":
+        return _sweep(known, rest, arguments)
+    if known.command == "ladder":
+        return _ladder(known, rest)
+    return _run_pipeline(known, rest)
 
 
 def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -95,7 +104,11 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.command == "audit":
         return promotion_command.run_audit(known)
     if known.command in SHOWN:
-        SHOWN[known.command](known)
+        try:
+            SHOWN[known.command](known)
+        except UserError as error:
+            _end_joined_run(error)
+            raise
         return 0
     measured = {
         "coordcheck": parametrisation_command.run_coordcheck,
@@ -166,6 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         "Stopped or killed, the same command goes on.", sweep_command.HELP,
     )
     sweep_command.add_options(sweep)
+    ladder = _config_command(
+        commands, "ladder", "climb from scale to scale, each predicted before it is trained",
+        "Climb from scale to scale: a run per rung below one run, its loss predicted before its "
+        "first step, a verdict before the next begins. Stopped or killed, the same command goes "
+        "on.", ladder_command.HELP,
+    )
+    ladder_command.add_options(ladder)
     for name, summary, description, epilog, add_options in (
         ("promote", "move a version up the levels, with evidence",
          "Have a version of the registry climb, level by level, each decided by its gates on that "
@@ -180,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
         ("sync", "tell the tracking store what it missed",
          "Send the tracking store what runs could not, for it was down or they were killed.",
          sync_command.HELP, sync_command.add_options),
+        ("compare", "one report of runs or ladders",
+         "Hold runs beside one another, or the rungs of ladders: losses, fit, predictions and what "
+         "came true, gates, planned and measured, benchmarks, cost.",
+         compare_command.HELP, compare_command.add_options),
         ("chaos", "kill runs and see whether they end the same",
          "Train a small run, kill and resume it, and compare with one that never was killed.",
          chaos_command.HELP, chaos_command.add_options),
@@ -301,6 +325,23 @@ def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[s
     return 0
 
 
+def _ladder(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        status = list(rest[:1]) == ["status"]
+        reason = ladder_command.run(known, groups, _overrides(rest[status:]), status=status)
+    except UserError as error:
+        _end_joined_run(error)
+        raise
+    except Interrupted as interruption:
+        print(f"error: {one_line(interruption)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if reason is None:
+        return 0
+    print(f"error: {one_line(reason)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
 def _end_joined_run(error: UserError) -> None:
     """Have the run that `mlflow run` made, if it made one, say why it failed."""
     if "MLFLOW_RUN_ID" in os.environ:
@@ -322,7 +363,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
             overrides.append(("training.profile", known.profile))
         config = load_config(groups, overrides)
         print("starting: loading torch and mlflow", flush=True)
-        from svend.pipeline.runner import PipelineRunner
+        from svend.pipeline.runner import ScaleRunner
 
         begins_with: list[tuple[str, str]] = []
         if config.init_from is not None:
@@ -349,7 +390,7 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
             preview_run(config)
             return 0
-        runner = PipelineRunner(config, owns_process=True)
+        runner = ScaleRunner(config, owns_process=True)
     except UserError as error:
         _end_joined_run(error)
         raise

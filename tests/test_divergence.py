@@ -24,7 +24,7 @@ from svend import cli
 from svend.pipeline import runner
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import Optimizer, Precision, Schedule, TrainingConfig, load_config
-from svend.pipeline.runner import PipelineResult, PipelineRunner
+from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.training.guard import SMALLEST_DEVIATION, StepGuard
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.optimizers import build_optimizer, take_step
@@ -271,7 +271,7 @@ class Workshop:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "train_steps", planted)
-            return PipelineRunner(config).run(resume=resume)
+            return ScaleRunner(config).run(resume=resume)
 
     def state(self, result: PipelineResult, step: int) -> dict[str, Any]:
         assert result.checkpoint_dir is not None

@@ -25,7 +25,7 @@ from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import Precision, load_config
 from svend.pipeline.exchange import export_version, import_folder
 from svend.pipeline.init_from import find_starting_point
-from svend.pipeline.runner import PipelineRunner
+from svend.pipeline.runner import ScaleRunner
 from svend.pipeline.version_files import WEIGHTS, write_weights
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A store with a registered version of the debug model, trained in this process."""
     folder = tmp_path_factory.mktemp("exchange")
     with store(folder):
-        result = PipelineRunner(_config(folder)).run()
+        result = ScaleRunner(_config(folder)).run()
         assert result.success, result.reason
         yield folder
 
@@ -182,7 +182,7 @@ def test_an_import_is_a_checkpoint_that_trains_on(trained: Path, tmp_path: Path)
                  "checkpoint_dir": str(tmp_path / "checkpoints"),
                  "data.cache_dir": str(trained / "cache")}
     config = load_config({}, list({**overrides, **settings}.items()))
-    result = PipelineRunner(config).run()
+    result = ScaleRunner(config).run()
     assert result.success, result.reason
     client = mlflow.MlflowClient()
     run = client.get_run(str(result.run_id))
@@ -211,7 +211,7 @@ def _heldout_loss(config: Any, model: ReasoningTransformer) -> float:
 def test_a_version_may_be_trained_on(trained: Path) -> None:
     start = find_starting_point("models:/svend-debug@standard")
     config = _config(trained, **dict(start.settings(str(trained / "cache"))))
-    result = PipelineRunner(config).run()
+    result = ScaleRunner(config).run()
     assert result.success, result.reason
     run = mlflow.MlflowClient().get_run(str(result.run_id))
     assert run.data.tags["svend.init_from"] == "models:/svend-debug/1"
@@ -221,19 +221,19 @@ def test_a_version_may_be_trained_on(trained: Path) -> None:
 def test_weights_of_another_shape_or_meaning_are_refused(trained: Path) -> None:
     wide = _config(trained, **{"model.hidden_size": "128",
                                "init_from": "models:/svend-debug@standard"})
-    result = PipelineRunner(wide).run()
+    result = ScaleRunner(wide).run()
     assert not result.success
     assert "was made with model.hidden_size = 64, now it is 128" in str(result.reason)
     other = _config(trained, **{"training.parametrisation": "completep",
                                 "init_from": "models:/svend-debug@standard"})
-    assert "the weights mean something else then" in str(PipelineRunner(other).run().reason)
+    assert "the weights mean something else then" in str(ScaleRunner(other).run().reason)
     start = find_starting_point("models:/svend-debug@standard")
     same = dict(start.settings(str(trained / "cache")))
     turned = _config(trained, **{**same, "model.rope_theta": "5000.0"})
-    assert "was made with model.rope_theta" in str(PipelineRunner(turned).run().reason)
+    assert "was made with model.rope_theta" in str(ScaleRunner(turned).run().reason)
     spoken = _config(trained, **{**same, "training.data.tokenizer": "train",
                                  "data.num_samples": "150"})
-    assert "training.data.tokenizer is another" in str(PipelineRunner(spoken).run().reason)
+    assert "training.data.tokenizer is another" in str(ScaleRunner(spoken).run().reason)
     with pytest.raises(UserError, match="has no checkpoint"):
         find_starting_point(str(trained / "nowhere"))
 

@@ -18,7 +18,7 @@ from svend.pipeline import checkpoint_files, checkpoints
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager, verify
 from svend.pipeline.config import FullDisk, load_config
 from svend.pipeline.run_folder import RunFolder
-from svend.pipeline.runner import PipelineRunner
+from svend.pipeline.runner import ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
 
@@ -178,14 +178,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def _runner(folder: Path, checkpoint_dir: Path, **changes: str) -> PipelineRunner:
+def _runner(folder: Path, checkpoint_dir: Path, **changes: str) -> ScaleRunner:
     settings = {
         **DEBUG_OVERRIDES, "checkpoint_dir": str(checkpoint_dir),
         "data.cache_dir": str(folder / "cache"), "training.max_steps": "20",
         "training.save_steps": "10", "training.compile": "off",
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    return PipelineRunner(load_config({}, list(settings.items())))
+    return ScaleRunner(load_config({}, list(settings.items())))
 
 
 @pytest.mark.parametrize(("on_full_disk", "needed"), [

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from svend.pipeline.config import load_config
-from svend.pipeline.runner import PipelineRunner
+from svend.pipeline.runner import ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
 from tests.servers import free_port
@@ -33,7 +33,7 @@ QUESTION = {"messages": [{"role": "user", "content": "What is 3 * 4?"}], "max_to
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
     with store(folder) as address:
-        result = PipelineRunner(load_config({}, list({
+        result = ScaleRunner(load_config({}, list({
             **DEBUG_OVERRIDES, "training.max_steps": "20", "training.save_steps": "20",
             "training.compile": "off",
             "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(folder / "cache"),

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from svend.errors import UserError
 from svend.pipeline.config import Precision, load_config
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
-from svend.pipeline.runner import PipelineResult, PipelineRunner
+from svend.pipeline.runner import PipelineResult, ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.registry import store
 
@@ -43,7 +43,7 @@ def _train(
         "checkpoint_dir": str(workshop / "checkpoints"), "data.cache_dir": str(workshop / "cache"),
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    runner = PipelineRunner(load_config({}, list(settings.items())))
+    runner = ScaleRunner(load_config({}, list(settings.items())))
     return runner.run(resume=resume, force=force)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from svend.data import embedded
 from svend.data.documents import Document, Kind
+from svend.data.library import library_documents, library_name
 from svend.data.records import (
     CHUNK_ROWS,
     Chunk,
@@ -31,13 +32,19 @@ SCHEMAS = "svend.data.schemas"
 COMMIT_LENGTH = 40
 
 
+def gym_version() -> str:
+    """Return the library that makes the embedded problems, and its version."""
+    return f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
+
+
 @dataclass(frozen=True)
 class GeneratedSource:
-    """A source that makes its documents: `generate(count, seed)`."""
+    """A source that makes its documents, `generate(count, seed)`, with what `made_by` names."""
 
     name: str
     kind: Kind
     generate: Callable[[int, int], Iterator[Document]]
+    made_by: Callable[[], str] = gym_version
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ SOURCES: dict[str, Source] = {
         GeneratedSource("gym_reasoning", Kind.REASONING, embedded.reasoning_documents),
         GeneratedSource("gym_tool_use", Kind.TOOL_USE, tool_use_documents),
         GeneratedSource("gym_general", Kind.GENERAL, embedded.general_documents),
+        GeneratedSource("library", Kind.GENERAL, library_documents, library_name),
         RecordSource("gsm8k", Kind.REASONING, "openai/gsm8k", f"{SCHEMAS}:gsm8k_document",
                      subset="main", heldout_split="test"),
         RecordSource("openmath", Kind.REASONING, "nvidia/OpenMathInstruct-2",
@@ -214,7 +222,7 @@ def _locate(source: Source, data: DataConfig, seed: int) -> LocatedSource:
 def _locate_generator(source: GeneratedSource, data: DataConfig, seed: int) -> LocatedSource:
     assert data.num_samples is not None  # set by PipelineConfig.resolve
     count = data.num_samples
-    place = f"reasoning-gym {importlib.metadata.version('reasoning-gym')}"
+    place = source.made_by()
     identity = {"source": source.name, "generator": place, "count": count, "seed": seed}
 
     def read() -> Iterator[Chunk]:

@@ -10,6 +10,7 @@ from svend.pipeline.loading import load_config, load_saved_config
 from svend.pipeline.options import (
     BENCHMARK_NAMES,
     SAMPLE_SUFFIX,
+    Branch,
     BrokenRows,
     CheckpointingPolicy,
     Compile,
@@ -38,8 +39,8 @@ from svend.pipeline.options import (
 )
 
 __all__ = [
-    "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "BrokenRows", "CheckpointingPolicy", "Compile",
-    "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
+    "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "Branch", "BrokenRows", "CheckpointingPolicy",
+    "Compile", "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
     "GatesConfig", "HealthAction", "HealthConfig", "LongDocuments", "LossOn", "ModelConfig",
     "ModelScale", "Optimizer", "OwnSource", "Parametrisation", "PipelineConfig", "Precision",
     "Schedule", "ToolScore", "TrainingConfig", "ValidationGate", "create_quick_test_config",

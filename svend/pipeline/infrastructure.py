@@ -151,7 +151,7 @@ class InfrastructureChecks:
         assert model is not None  # set by PipelineConfig.resolve
         read_questions(self._config)
         corpus = build_corpus(
-            training.data, model.vocab_size, training.seed, lambda _: None,
+            training.data, model.vocab_size, training.data_seed, lambda _: None,
             evaluation_sets(self._config),
         )
         self._corpus = corpus

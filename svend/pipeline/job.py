@@ -58,7 +58,7 @@ from svend.training.state import TrainState, build_state
 
 FORCED_TAG = "svend.forced_resume"
 # What training waits for.
-PARTS = ("evaluating", "saving", "tracking", "data")
+PARTS = ("evaluating", "saving", "tracking", "data", "branches")
 ModelFactory = Callable[[ModelScale], nn.Module]
 
 
@@ -147,13 +147,13 @@ def prepare_job(
     found = _find_hyperparameters(config, folder)
     questions = read_questions(config)
     corpus = build_corpus(
-        training.data, config.model.vocab_size, training.seed,
+        training.data, config.model.vocab_size, training.data_seed,
         lambda text: console.print(f"data: {text}"), evaluation_sets(config),
     )
     if folder is not None and not force:
         folder.check_machine(corpus.fingerprint, corpus.tokenizer.sha256, device.type)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
-    heldout = PackedSequences(corpus.heldout, training.data, training.seed)
+    heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
     total_steps = training.max_steps or steps_over(sequences, training)
     training, carried = carry(found, config, total_steps) if found else (training, [])
     config = replace(config, training=training)

@@ -189,6 +189,10 @@ class ModelConfig:
         norms = 2 * d
         return self.num_hidden_layers * (attention + feed_forward + norms)
 
+    def num_matrix_parameters(self) -> int:
+        """Parameters that each token is multiplied with: blocks and head. The N of scaling laws."""
+        return self.num_block_parameters() + self.vocab_size * self.hidden_size
+
     def num_parameters(self) -> int:
         """Parameters of the whole model: embedding, blocks, final norm, untied head."""
         embedding_and_head = 2 * self.vocab_size * self.hidden_size
@@ -245,6 +249,7 @@ class DataConfig:
     mix_ratios: dict[str, float] = _default_dict("training.data.mix_ratios")
     max_seq_length: int | None = _default("training.data.max_seq_length")
     num_samples: int | None = _default("training.data.num_samples")
+    seed: int | None = _default("training.data.seed")
     path: str | None = _default("training.data.path")
     heldout_path: str | None = _default("training.data.heldout_path")
     heldout_fraction: float = _default("training.data.heldout_fraction")
@@ -280,10 +285,24 @@ class DataConfig:
         _require(samples is None or samples >= 1, f"{where}.num_samples", samples, "at least 1")
         fraction = self.heldout_fraction
         _require(0 < fraction < 1, f"{where}.heldout_fraction", fraction, "between 0 and 1")
+        seed = self.seed
+        _require(seed is None or 0 <= seed < 2**63, f"{where}.seed", seed,
+                 "null, or at least 0 and below 2^63")
         _require(self.leak_words >= 0, f"{where}.leak_words", self.leak_words, "at least 0")
         processes = self.processes
         _require(processes is None or processes >= 1, f"{where}.processes", processes,
                  "null, or at least 1")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where the learning rate decays beside the run, to see what a shorter one would have reached.
+
+    Optimizer steps: the branch leaves the run behind step `start` and is measured behind `end`.
+    """
+
+    start: int
+    end: int
 
 
 @dataclass(kw_only=True)
@@ -307,6 +326,7 @@ class TrainingConfig:
     warmup_ratio: float = _default("training.warmup_ratio")
     decay_ratio: float = _default("training.decay_ratio")
     min_learning_rate_ratio: float = _default("training.min_learning_rate_ratio")
+    horizons: list[float] = _default("training.horizons")
     weight_decay: float = _default("training.weight_decay")
     adam_beta1: float = _default("training.adam_beta1")
     adam_beta2: float = _default("training.adam_beta2")
@@ -350,6 +370,21 @@ class TrainingConfig:
         }
         return dataclasses.replace(self, model_scale=scale, **of_scale)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed by which documents are generated and held out."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def decay_begins(self) -> float:
+        """The share of the steps after which the learning rate falls to its minimum at the end."""
+        return 1 - self.decay_ratio if self.schedule is Schedule.WSD else 1.0
+
+    def branches(self, total_steps: int) -> list[Branch]:
+        """Return where the run decays beside itself, at each horizon, in order."""
+        ends = [round(horizon * total_steps) for horizon in self.horizons]
+        return [Branch(end - max(1, round(self.decay_ratio * end)), end) for end in ends]
+
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML; the folder is made if need be."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -383,6 +418,18 @@ class TrainingConfig:
             "training.decay_ratio",
             self.decay_ratio,
             "at most 1 together with training.warmup_ratio",
+        )
+        _require(
+            not self.horizons or self.schedule is Schedule.WSD, "training.horizons",
+            self.horizons, "empty unless training.schedule is wsd, which can branch off",
+        )
+        earliest = self.warmup_ratio / (1 - self.decay_ratio) if self.decay_ratio < 1 else 1.0
+        _require(
+            self.horizons == sorted(set(self.horizons))
+            and all(earliest <= horizon < 1 for horizon in self.horizons),
+            "training.horizons", self.horizons,
+            f"shares of the run that rise, from {earliest:.3g}, where the warm-up is over before "
+            "the decay begins, to below 1",
         )
         for name, threshold in self.validation_gates.items():
             key = f"training.validation_gates.{name}"

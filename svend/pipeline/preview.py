@@ -35,7 +35,7 @@ def preview_run(config: PipelineConfig) -> None:
     total_steps = training.max_steps
     if total_steps is None:
         corpus = build_corpus(
-            training.data, model.vocab_size, training.seed,
+            training.data, model.vocab_size, training.data_seed,
             lambda text: console.print(f"data: {text}"), evaluation_sets(config),
         )
         total_steps = steps_over(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from svend.pipeline.progress import TerminalBar
 from svend.pipeline.validation import Decision
 from svend.planning.memory import MemoryPlan
 from svend.planning.plan import RunPlan, RunSize
+from svend.tracking.pages import is_local, run_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
 PLAIN_LINE_SECONDS = 10.0
@@ -291,19 +290,14 @@ def show_next_steps(
     registered: RegisteredVersion | None,
 ) -> None:
     """Print where everything is and the next command to type."""
-    local = not tracking_uri.startswith(("http://", "https://"))
-    address = "http://127.0.0.1:5000" if local else tracking_uri.rstrip("/")
-    # MLflow opens with its pages for GenAI applications otherwise.
-    view = "workflowType=machine_learning"
-    url = f"{address}/#/experiments/{experiment_id}/runs/{run_id}?{view}"
+    local = is_local(tracking_uri)
+    url = run_page(tracking_uri, experiment_id, run_id)
     lines = [("checkpoints", str(folder.absolute()))]
     if registered is not None:
         stages = ", ".join(f"@{alias}" for alias in registered.aliases) or "no level passed"
         lines.append(("registered", f"{registered.name} version {registered.version} ({stages})"))
     if local:
-        # By the interpreter's path: it works whether or not the environment is active.
-        command = f"{shlex.quote(sys.executable)} -m mlflow ui"
-        lines.append(("see the run", f"{command} --backend-store-uri {shlex.quote(tracking_uri)}"))
+        lines.append(("see the run", ui_command(tracking_uri)))
     lines.append(("" if local else "see the run", url))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)

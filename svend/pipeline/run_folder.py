@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import pwd
 import re
-import shlex
 import shutil
-import socket
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svend.errors import UserError, one_line
+from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
+from svend.pipeline.folders import LOCK_FILE, FolderLock, write_whole
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.schema import build, flatten, read_yaml, to_tree, to_yaml
@@ -29,7 +23,6 @@ from svend.tracking.spool import ADDRESS, SPOOL
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 VERDICTS_FILE = "verdicts.jsonl"
-LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class RunFolder:
     def __init__(self, path: Path, identity: RunIdentity) -> None:
         self.path = path
         self.identity = identity
-        self._lock: int | None = None
+        self._lock = FolderLock(path, "run")
 
     @classmethod
     def create(
@@ -139,31 +132,11 @@ class RunFolder:
 
         Raises UserError, with who it is, if another process holds it.
         """
-        self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
-            self.release()
-            raise UserError(
-                f"{self.path}: another process has this run, {one_line(holder)}; wait for it, or "
-                "stop it"
-            ) from None
-        except OSError as error:
-            # Mounted folders without locks, such as Drive.
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                raise
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = (f"{os.getpid()} of {_user()} on {socket.gethostname()} since {since}, "
-                  f"{shlex.join(sys.argv[:3])}")
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, holder.encode(), 0)
+        self._lock.hold()
 
     def release(self) -> None:
         """Let other processes, or another runner of this one, have the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def check_config(self, config: PipelineConfig) -> None:
         """Raise UserError, with the first difference, if the run would go on as another run."""
@@ -218,10 +191,10 @@ class RunFolder:
         before = f"config.before-step-{step}.yaml"
         # Forced at this step again, the config that it was trained to it with is there already.
         if not (self.path / before).exists():
-            self._write_whole(before, (self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+            write_whole(self.path / before, (self.path / CONFIG_FILE).read_text(encoding="utf-8"))
         # The record first: with the config alone, one killed here would go on as if unforced.
         self._write_identity()
-        self._write_whole(CONFIG_FILE, to_yaml(config))
+        write_whole(self.path / CONFIG_FILE, to_yaml(config))
 
     def _refusal(self, difference: str, what_to_do: str) -> UserError:
         return UserError(
@@ -275,23 +248,7 @@ class RunFolder:
         return [row for row in rows if row.get("checkpoint_sha256") == checkpoint_sha256]
 
     def _write_identity(self) -> None:
-        self._write_whole(RUN_FILE, json.dumps(to_tree(self.identity), indent=1))
-
-    def _write_whole(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}"
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(self.path / name)
-
-
-def _user() -> str:
-    """Return the user's name; the number where it has none, as in many containers."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
+        write_whole(self.path / RUN_FILE, json.dumps(to_tree(self.identity), indent=1))
 
 
 def _has_checkpoint(path: Path) -> bool:

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from svend.device import (
     keep_freed_memory,
     peak_bytes,
 )
-from svend.errors import ConfigError, GateFailure, Interrupted, TrialPruned, UserError
+from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
+from svend.pipeline.branches import find_branch, follow_branch, horizon_at, record_horizon
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
-from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.config import Branch, ModelScale, PipelineConfig
 from svend.pipeline.divergence import (
     Divergence,
     StepReading,
@@ -45,6 +46,7 @@ from svend.pipeline.job import (
     planned_model,
     prepare_job,
 )
+from svend.pipeline.nested import NestedRun
 from svend.pipeline.record import (
     measurement_rows,
     passed_levels,
@@ -102,21 +104,6 @@ class PipelineResult:
     registered: RegisteredVersion | None = None
 
 
-@dataclass(frozen=True)
-class TrialRun:
-    """What makes a run a trial of a sweep: it is below a parent, judged as it goes, and registers
-    no version.
-
-    judge: takes the step and the held-out loss after each evaluation; raises TrialPruned to end it.
-    begun: takes the MLflow run's id as soon as there is one.
-    """
-
-    parent_run_id: str
-    name: str
-    judge: Callable[[int, float], None]
-    begun: Callable[[str], None]
-
-
 logger = logging.getLogger(__name__)
 # For telling the tracking store of an end that is to be at once.
 LAST_WORD_SECONDS = 2.0
@@ -124,25 +111,25 @@ LAST_WORD_SECONDS = 2.0
 STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 
 
-class PipelineRunner:
+class ScaleRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
-    model_factory: builds the model of a scale in place of ReasoningTransformer. trial: what a
-    sweep wants of the run. owns_process: whether it may end the process, at the end of the grace
-    time after a signal.
+    model_factory: builds the model of a scale in place of ReasoningTransformer. nested: what a
+    sweep or a ladder wants of the run. owns_process: whether it may end the process, at the end of
+    the grace time after a signal.
     """
 
     def __init__(
         self,
         config: PipelineConfig,
         model_factory: ModelFactory | None = None,
-        trial: TrialRun | None = None,
+        nested: NestedRun | None = None,
         *,
         owns_process: bool = False,
     ) -> None:
         self.config = config
         self.model_factory = model_factory
-        self.trial = trial
+        self.nested = nested
         self.owns_process = owns_process
         self.validator = PipelineValidator(
             strict=config.strict_validation,
@@ -151,39 +138,6 @@ class PipelineRunner:
         )
         self._console = make_console()
         self._health = HealthMonitor(config.health)
-        self._below_run_id: str | None = None  # of the scale below, on a ladder
-
-    def run_progressive(
-        self,
-        start_scale: ModelScale = ModelScale.TINY,
-        end_scale: ModelScale = ModelScale.FLAGSHIP,
-        validation_between_scales: bool = True,
-    ) -> list[PipelineResult]:
-        """Train scale after scale and stop at the first that fails; return how each ended.
-
-        With `validation_between_scales` a rung must also pass FULL, and end with a held-out loss
-        below the one it began with, before the next begins. Raises ConfigError if the scales are
-        in the wrong order or the config fixes one model for all.
-        """
-        ladder = list(ModelScale)
-        rungs = ladder[ladder.index(start_scale) : ladder.index(end_scale) + 1]
-        if not rungs:
-            raise ConfigError(
-                f"start_scale {start_scale.value} is above end_scale {end_scale.value}"
-            )
-        if self.config.model is not None:
-            raise ConfigError("model is set: a ladder takes each scale's own; leave it None")
-        results: list[PipelineResult] = []
-        for scale in rungs:
-            training = self.config.training.at_scale(scale)
-            rung = PipelineRunner(replace(self.config, training=training), self.model_factory)
-            # One validator: its history is that of the whole ladder.
-            rung.validator = self.validator
-            rung._below_run_id = results[-1].run_id if results else None
-            results.append(rung._run(resume=False, gate_full=validation_between_scales))
-            if not results[-1].success:
-                break
-        return results
 
     def run(self, resume: bool = False, force: bool = False) -> PipelineResult:
         """Train, gate, checkpoint and register; with `resume`, go on where the last run stopped.
@@ -193,9 +147,6 @@ class PipelineRunner:
         A user's mistake, a failed gate and an interruption end the run and are returned as its
         reason; anything else is a bug, ends the run as FAILED, and is raised.
         """
-        return self._run(resume, gate_full=False, force=force)
-
-    def _run(self, resume: bool, gate_full: bool, force: bool = False) -> PipelineResult:
         started_seconds = time.monotonic()
         self._job: Job | None = None
         tracked: TrackedRun | None = None
@@ -213,17 +164,10 @@ class PipelineRunner:
                 with signals.deferred():
                     tracked = self._track(config, folder)
                 signals.raise_if_requested()
-                with self._console.status("preparing"):
-                    job = self._job = prepare_job(
-                        config, tracked, folder, self.model_factory, self.validator.gates,
-                        self._console, force=force,
-                    )
-                show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                          describe_device(job.device), job.carried)
+                job = self._prepare(config, tracked, folder, force)
                 self._train(job, signals)
                 registered = self._finish(job, signals)
-                if gate_full:
-                    self._gate_full(job)
+                self._require_full(job)
             except TrialPruned as pruned:
                 failure, reason = pruned, str(pruned)
             except UserError as error:
@@ -266,6 +210,20 @@ class PipelineRunner:
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,
         )
+
+    def _prepare(
+        self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None, force: bool
+    ) -> Job:
+        with self._console.status("preparing"):
+            job = self._job = prepare_job(
+                config, tracked, folder, self.model_factory, self.validator.gates, self._console,
+                force=force,
+            )
+        show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
+                  describe_device(job.device), job.carried)
+        if self.nested is not None:
+            self.nested.prepared(job)
+        return job
 
     def validate_infrastructure(self) -> bool:
         """Try what really breaks runs, print a line for each, and return whether all passed."""
@@ -310,18 +268,17 @@ class PipelineRunner:
             tracked = TrackedRun.resume_spooled(
                 folder.spool_path, lambda line: say(self._console, line)
             )
-        elif self.trial is not None:
+        elif self.nested is not None:
             tracked = TrackedRun.begin(
-                config.training.experiment_name, self.trial.name, self.trial.parent_run_id
+                config.training.experiment_name, self.nested.name, self.nested.parent_run_id
             )
         else:
             training = config.training
             name = f"{training.model_scale.value}-{training.data.recipe}"
             tracked = TrackedRun.begin(training.experiment_name, name)
-        if self.trial is not None:
-            self.trial.begun(tracked.run_id)
-        if self._below_run_id is not None:
-            tracked.set_tags({"svend.parent_scale_run_id": self._below_run_id})
+        if self.nested is not None:
+            self.nested.begun(tracked.run_id)
+            tracked.set_tags(self.nested.tags)
         return tracked
 
     def _train(self, job: Job, signals: StopSignals) -> None:
@@ -331,10 +288,7 @@ class PipelineRunner:
         """
         training, total_steps = job.config.training, job.plan.total_steps
         self._health = HealthMonitor(job.config.health)
-        if job.state.step == 0:
-            self._evaluate(job)
-        else:
-            self._decide_if_undecided(job)
+        self._begin(job, signals)
         pending: list[StepMetrics] = []
         save_due = False
         progress = TrainingProgress(self._console, total_steps, job.state.step)
@@ -344,9 +298,12 @@ class PipelineRunner:
                     float(metrics.loss)  # waits for the device
                     job.start_seconds = time.time() - psutil.Process().create_time()
                 step, last = metrics.step, metrics.step == total_steps
+                branch = find_branch(job)
                 pending.append(metrics)
                 quick = step % training.quick_gate_steps == 0 or last
-                save_due = save_due or last or step % training.save_steps == 0
+                save_due = (
+                    save_due or last or step % training.save_steps == 0 or branch is not None
+                )
                 read = step % training.logging_steps == 0 or quick or save_due
                 readings: list[StepReading] = []
                 if read or signals.requested:
@@ -356,7 +313,7 @@ class PipelineRunner:
                     divergence = find_divergence(job, readings, look_at_weights=quick or save_due)
                     if divergence is not None:
                         self._rewind(job, divergence)
-                        save_due, last, quick = False, False, False
+                        save_due, last, quick, branch = False, False, False, None
                         progress.advance(job.state.step, None, None)
                 else:
                     progress.advance(step, None, None)
@@ -366,11 +323,36 @@ class PipelineRunner:
                 if save:
                     save_due = False
                     self._evaluate_and_save(job, signals)
+                    if branch is not None and signals.requested is None:
+                        self._follow(job, branch, signals)
                 if last or (job.saving is not None and job.saving.done):
                     self._settle(job)
                 if signals.requested and not last:
                     self._stop(job, signals)
         signals.raise_if_requested()
+
+    def _begin(self, job: Job, signals: StopSignals) -> None:
+        """Do what belongs to the step that the run begins or goes on from."""
+        if job.state.step == 0:
+            self._evaluate(job)
+            return
+        self._decide_if_undecided(job)
+        branch = find_branch(job)  # of a process that was killed on it
+        if branch is not None:
+            self._follow(job, branch, signals)
+
+    def _follow(self, job: Job, branch: Branch, signals: StopSignals) -> None:
+        """See what the run would have reached, had it ended at a horizon."""
+        self._settle(job)
+        with job.spending("branches"):
+            horizon = follow_branch(job, branch, lambda: signals.requested is not None)
+        if horizon is not None:
+            self._console.print(
+                f"horizon at step {horizon.step}: held-out loss {horizon.loss:.4f}, decayed from "
+                f"step {branch.start} on"
+            )
+            if self.nested is not None:
+                self.nested.reached(job, horizon)
 
     def _steps(self, job: Job) -> Iterator[StepMetrics]:
         training, every_steps = job.config.training, job.config.health.every_steps
@@ -404,6 +386,7 @@ class PipelineRunner:
         with job.spending("tracking"):
             self._track_steps(job, pending, readings, tokens_per_second)
         for reading in readings:
+            job.state.trend.add(reading.step, reading.loss)
             if reading.skipped:
                 self._console.print(f"step {reading.step}: skipped ({reading})")
         for metrics, reading in zip(pending, readings, strict=True):
@@ -529,8 +512,8 @@ class PipelineRunner:
         """
         self._settle(job)
         measured = self._evaluate(job)
-        if self.trial is not None:
-            self.trial.judge(job.state.step, measured.loss)
+        if self.nested is not None:
+            self.nested.judge(job.state.step, measured.loss)
         _, norm = job.state.guard.last_accepted() or (math.nan, math.nan)
         values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
         verdicts = self._decide(job, measured, norm)
@@ -563,7 +546,15 @@ class PipelineRunner:
         record_evaluation(job.tracked, evaluation, step)
         job.measured = evaluation.measurements
         self._console.print(measurement_table(evaluation.results, evaluation.measurements))
-        measurements = {**heldout.measurements(), **evaluation.measurements}
+        return self._decide_full(job, {**heldout.measurements(), **evaluation.measurements})
+
+    def _decide_full(
+        self, job: Job, measurements: Mapping[str, Measurement]
+    ) -> tuple[ValidationResult, ...]:
+        """Decide FULL, and PRODUCTION where each of its metrics was measured."""
+        if self.nested is not None:
+            measurements = {**measurements, **self.nested.measurements()}
+        step = job.state.step
         levels = [GateLevel.FULL]
         if all(gate.metric_name in measurements
                for gate in self.validator.gates[GateLevel.PRODUCTION] if gate.required):
@@ -705,38 +696,40 @@ class PipelineRunner:
             f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
         )
 
-    def _gate_full(self, job: Job) -> None:
-        """Decide whether the next scale may begin; raise GateFailure if not, under strict."""
-        if not job.final_loss < job.first_loss:
-            line = (
-                f"no decreasing loss trend: held-out loss {job.first_loss:.4f} at the start, "
-                f"{job.final_loss:.4f} at the end"
-            )
-            if self.validator.strict:
-                raise GateFailure(line)
-            self._console.print(f"warning: {line}")
+    def _require_full(self, job: Job) -> None:
+        """Under strict, raise GateFailure where the run had to pass FULL and did not."""
         verdict = job.full_verdict
-        if verdict is None:  # no benchmark was asked for
-            verdict = self.validator.decide(GateLevel.FULL, {}, Evidence(job.state.step))
-            best = job.manager.best()
-            assert best is not None  # STANDARD passed, so that its loss is finite
-            self._record_on(job, best, (verdict,))
-        if not verdict.passed:
-            failures = "; ".join(verdict.failures)
-            line = f"FULL gate failed at step {verdict.evidence.step}: {failures}"
-            if self.validator.strict:
-                raise GateFailure(line)
-            self._console.print(f"warning: {line}")
+        if verdict is None or verdict.passed or self.nested is None or not self.nested.gates_full:
+            return
+        line = f"FULL gate failed at step {verdict.evidence.step}: {'; '.join(verdict.failures)}"
+        if self.validator.strict:
+            raise GateFailure(line)
+        self._console.print(f"warning: {line}")
+
+    def _conclude(self, job: Job) -> None:
+        """Put on record what the run's end says of the scaling law, and whether the loss fell."""
+        slope_bound = job.state.trend.slope_bound()
+        if math.isfinite(slope_bound):
+            job.tracked.log_metrics({"train/loss_slope_bound": slope_bound}, job.state.step)
+        end = job.manager.list_checkpoints()[-1]
+        horizon = horizon_at(job, job.state.step, end.metrics["loss"])
+        record_horizon(job, horizon)
+        if self.nested is not None:
+            self.nested.reached(job, horizon)
 
     def _finish(self, job: Job, signals: StopSignals) -> RegisteredVersion | None:
         """Evaluate the best checkpoint, register it with the levels that it passed, and report."""
+        self._conclude(job)
         best = job.manager.best()
         if best is not None:
             if best.step != job.state.step:
                 job.manager.load(best, job.state.model)
                 self._console.print(f"benchmarks: on {best.checkpoint_id}, the best")
             job.measured = {}
-            self._record_on(job, best, self._evaluate_benchmarks(job, signals))
+            verdicts = self._evaluate_benchmarks(job, signals)
+            if not verdicts and self.nested is not None and self.nested.gates_full:
+                verdicts = self._decide_full(job, {})
+            self._record_on(job, best, verdicts)
         record_verdicts(job.tracked, job.folder)
         measured_gb = peak_bytes(job.device) / 1e9
         measured_seconds = time.monotonic() - job.started_seconds
@@ -751,7 +744,7 @@ class PipelineRunner:
             job.state.step,
         )
         registered = None
-        if best is not None and self.trial is None:
+        if best is not None and (self.nested is None or self.nested.registers):
             rows = job.folder.read_verdicts(best.weights_sha256)
             # What a version rests on is in the store before it is.
             job.tracked.flush(job.config.tracking_wait_seconds)
@@ -773,6 +766,8 @@ class PipelineRunner:
             self._console, job.plan, measured_gb, measured_seconds, job.start_seconds,
             job.spent_seconds,
         )
+        if self.nested is not None:
+            self.nested.decided(job, job.full_verdict, registered)
         job.folder.mark_finished()
         show_next_steps(
             self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,

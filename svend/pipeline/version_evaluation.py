@@ -139,7 +139,7 @@ def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
     """Measure the loss on the held-out part of the config's data, by the version's tokenizer."""
     training = loaded.config.training
     corpus = build_version_corpus(loaded, lambda text: console.print(f"data: {text}"))
-    sequences = PackedSequences(corpus.heldout, training.data, training.seed)
+    sequences = PackedSequences(corpus.heldout, training.data, training.data_seed)
     batches = sequences.first(training.heldout_sequences)
     return measure_heldout_loss(loaded.model, batches, training.precision, loaded.device)
 
@@ -158,7 +158,7 @@ def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
             "unasked; if you trust it, give --data.own_sources again"
         )
     own = replace(training.data, tokenizer=str(loaded.version.folder / TOKENIZER))
-    return build_corpus(own, loaded.model.config.vocab_size, training.seed, report)
+    return build_corpus(own, loaded.model.config.vocab_size, training.data_seed, report)
 
 
 def _decide(

@@ -17,9 +17,8 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     attention counted as the half that it is. Masks between documents, which save more, are not
     subtracted.
     """
-    weights = model.num_block_parameters() + model.vocab_size * model.hidden_size
     attention = model.num_hidden_layers * sequence_length * model.hidden_size
-    return FORWARD_PER_PARAMETER * (weights + attention)
+    return FORWARD_PER_PARAMETER * (model.num_matrix_parameters() + attention)
 
 
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> int:

@@ -115,7 +115,8 @@ def plan_run(
     peak_flops = measure_matmul_peak(training.precision, device)
     micro_seconds, update_seconds = measure_micro_batch_seconds(model, training, device)
     accumulation = training.gradient_accumulation_steps
-    seconds = total_steps * (accumulation * micro_seconds + update_seconds)
+    steps = total_steps + sum(b.end - b.start for b in training.branches(total_steps))
+    seconds = steps * (accumulation * micro_seconds + update_seconds)
     evaluations = -(-total_steps // training.save_steps)
     forward_share = forward_flops_per_token(model, length) / train_flops_per_token(model, length)
     sequence_seconds = micro_seconds / training.batch_size * forward_share

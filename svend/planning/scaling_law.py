@@ -13,6 +13,7 @@ Shape suffixes: P points, C the coefficients E, A and B.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -100,7 +101,7 @@ class _Fits:
 
 def fit_law(points: Sequence[Point]) -> ScalingLaw:
     """Return the law with the least squared relative error. Raises TooFewPoints."""
-    fits = _fit(points)
+    fits = _fit(tuple(points))
     return fits.laws[int(np.argmin(fits.squares))]
 
 
@@ -111,7 +112,7 @@ def predict(points: Sequence[Point], parameters: float, tokens: float) -> Predic
     likelihood), and the scatter about it. It does not know of a fault that all points of a rung
     share. Raises TooFewPoints.
     """
-    fits = _fit(points)
+    fits = _fit(tuple(points))
     best = int(np.argmin(fits.squares))
     freedom = len(points) - COEFFICIENTS
     quantile = float(student.ppf((1 + CONFIDENCE) / 2, freedom))
@@ -190,7 +191,9 @@ def _rungs(points: Iterable[Point]) -> list[str]:
     return list(dict.fromkeys(p.rung for p in sorted(points, key=lambda p: p.parameters)))
 
 
-def _fit(points: Sequence[Point]) -> _Fits:
+# From the same points many sizes are predicted: a ladder's rungs, a report's curves.
+@functools.lru_cache(maxsize=16)
+def _fit(points: tuple[Point, ...]) -> _Fits:
     reason = why_too_few(points)
     if reason is not None:
         raise TooFewPoints(f"no prediction: {reason}")

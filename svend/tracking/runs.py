@@ -42,6 +42,11 @@ def fetch_artifact(uri: str, folder: Path) -> Path:
         ) from error
 
 
+def store_uri() -> str:
+    """Return the address of the current tracking store."""
+    return str(mlflow.get_tracking_uri())
+
+
 def newest_run(tags: Mapping[str, str]) -> str | None:
     """Return the newest run, of any experiment, that has all these tags; None if none has."""
     if any("'" in value for value in tags.values()):
@@ -84,6 +89,22 @@ def run_shows(run_id: str, metric: str, value: float) -> bool:
         return False
 
 
+def metric_history(run_id: str, metric: str) -> dict[int, float]:
+    """Return a metric's values by step, the last one where a step has several.
+
+    Raises TrackingError if the store has no such run.
+    """
+    client = MlflowClient()
+    try:
+        points = client.get_metric_history(run_id, metric)
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:200]}; "
+            "check the run's id and MLFLOW_TRACKING_URI"
+        ) from error
+    return {point.step: point.value for point in sorted(points, key=lambda p: p.timestamp)}
+
+
 def tags_of(run_id: str) -> dict[str, str]:
     """Return a run's tags; none if the store has no such run."""
     try:
@@ -107,12 +128,12 @@ def experiment_of(run_id: str) -> str:
     return str(client.get_experiment(experiment_id).name)
 
 
-def end_abandoned(run_id: str, reason: str) -> None:
-    """End as KILLED a run whose process is gone, unless it has ended."""
+def end_abandoned(run_id: str, reason: str, status: str = "KILLED") -> None:
+    """End a run whose process is gone, unless it has ended."""
     client = MlflowClient()
     if client.get_run(run_id).info.status == "RUNNING":
         client.set_tag(run_id, REASON_TAG, reason)
-        client.set_terminated(run_id, "KILLED")
+        client.set_terminated(run_id, status)
 
 
 def end_orphans(

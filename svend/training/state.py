@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,27 @@ from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.guard import StepGuard
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
+from svend.training.trend import LossTrend
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """What a run reached at its end, or would have at an earlier one: nats per held-out token.
+
+    tokens: that it was shown up to there, as they are planned: padding and prompts are counted.
+    """
+
+    step: int
+    tokens: int
+    loss: float
 
 
 @dataclass
 class TrainState:
     """The model, what updates it, where it stands in the data, and the counts so far.
 
-    rewinds: how often the run went back to a checkpoint because it diverged.
+    rewinds: how often the run went back to a checkpoint because it diverged. horizons: those that
+    were measured so far.
     """
 
     model: nn.Module
@@ -30,10 +44,12 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     stream: BatchStream
     guard: StepGuard
+    trend: LossTrend
     device: torch.device
     step: int = 0
     tokens: int = 0
     rewinds: int = 0
+    horizons: list[Horizon] = field(default_factory=list)
 
     @property
     def rate_factor(self) -> float:
@@ -52,6 +68,8 @@ class TrainState:
             "stream": self.stream.state_dict(),
             "guard": self.guard.state_dict(),
             "rewinds": self.rewinds,
+            "trend": self.trend.state_dict(),
+            "horizons": [asdict(horizon) for horizon in self.horizons],
             "rng_cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
@@ -67,6 +85,9 @@ class TrainState:
             step, tokens, rewinds = int(state["step"]), int(state["tokens"]), int(state["rewinds"])
             self.stream.load_state_dict(state["stream"])
             self.guard.load_state_dict(state["guard"])
+            if "trend" in state:  # not in checkpoints that are older than this field
+                self.trend.load_state_dict(state["trend"])
+            horizons = [Horizon(**horizon) for horizon in state.get("horizons", [])]
             torch.set_rng_state(state["rng_cpu"])
             if "rng_cuda" in state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng_cuda"], self.device)
@@ -78,6 +99,7 @@ class TrainState:
                 f"({type(error).__name__}: {one_line(error)[:200]}); resume from another"
             ) from None
         self.step, self.tokens, self.rewinds = step, tokens, rewinds
+        self.horizons = horizons
 
 
 def build_state(
@@ -94,4 +116,7 @@ def build_state(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
     scaler = torch.amp.GradScaler(device.type) if training.precision is Precision.FP16 else None
     guard = StepGuard(device, training.skip_spike_deviations)
-    return TrainState(model, optimizer, scheduler, scaler, stream, guard, device)
+    trend = LossTrend(
+        round(training.warmup_ratio * total_steps), round(training.decay_begins * total_steps)
+    )
+    return TrainState(model, optimizer, scheduler, scaler, stream, guard, trend, device)

@@ -201,7 +201,7 @@ class EvidenceBook:
 
     def _heldout_batches(self, count: int) -> Any:
         training = self._candidate.config.training
-        return PackedSequences(self._corpus.heldout, training.data, training.seed).first(count)
+        return PackedSequences(self._corpus.heldout, training.data, training.data_seed).first(count)
 
 
 def _as_measurement(row: Mapping[str, Any]) -> Measurement:

@@ -21,8 +21,9 @@ from optuna.trial import TrialState
 
 from svend.errors import DivergenceError, GateFailure, Interrupted, TrialPruned, UserError
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.nested import NestedRun
 from svend.pipeline.run_folder import RunFolder
-from svend.pipeline.runner import PipelineResult, PipelineRunner, TrialRun
+from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.sweep.liveness import Heartbeat
 from svend.pipeline.sweep.options import Sweep, Value
 from svend.pipeline.sweep.study import (
@@ -160,9 +161,10 @@ class Worker:
         if before is not None and before.identity.finished:
             begun(before.identity.run_id)
             return None
-        runner = PipelineRunner(
-            config, trial=TrialRun(self._parent_run_id, work.name, judge, begun)
-        )
+        runner = ScaleRunner(config, nested=_TrialRun(
+            parent_run_id=self._parent_run_id, name=work.name, registers=False, on_begun=begun,
+            on_loss=judge,
+        ))
         return runner.run(resume=before is not None)
 
     def _tell(self, work: Work, losses: dict[int, float], error: UserError | None) -> None:
@@ -189,6 +191,20 @@ class Worker:
         else:
             trial.set_constraint(DIVERGED, -1.0)
             study.tell(trial, loss)
+
+
+@dataclass(kw_only=True)
+class _TrialRun(NestedRun):
+    """A run that is judged as it goes, and leaves no version in the registry."""
+
+    on_begun: Callable[[str], None]
+    on_loss: Callable[[int, float], None]
+
+    def begun(self, run_id: str) -> None:
+        self.on_begun(run_id)
+
+    def judge(self, step: int, loss: float) -> None:
+        self.on_loss(step, loss)
 
 
 class _Losses:

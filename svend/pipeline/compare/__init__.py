@@ -1,0 +1,1 @@
+"""Runs and ladders held beside one another: one report."""

@@ -1,0 +1,368 @@
+"""Climb a ladder: rung after rung, a verdict between them, and on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from svend.errors import (
+    DivergenceError,
+    GateFailure,
+    Interrupted,
+    UserError,
+)
+from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.job import ModelFactory, planned_model
+from svend.pipeline.ladder.below import PARENT_SCALE, find_below
+from svend.pipeline.ladder.display import standing_table
+from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
+from svend.pipeline.ladder.rung import LADDER_TAG, RUNG_TAG, RungRun
+from svend.pipeline.ladder.standing import (
+    LADDER_FILE,
+    Attempt,
+    Override,
+    Standing,
+    State,
+)
+from svend.pipeline.ladder.trend import LOSS_FALLS_GATE, Bounds, Trend
+from svend.pipeline.nested import NestedRun
+from svend.pipeline.report import make_console, say, show_next_steps
+from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.runner import PipelineResult, ScaleRunner
+from svend.pipeline.validation import PipelineValidator, ValidationResult
+from svend.planning.scaling_law import why_too_few
+from svend.tracking.environment import environment_tags
+from svend.tracking.registry import acting_user
+from svend.tracking.run import TrackedRun
+from svend.tracking.runs import end_abandoned, joined_experiment_name
+from svend.tracking.spool import ADDRESS, SPOOL
+
+NAME_TAG = "svend.ladder.name"
+LEFT_RUNNING = "its process was killed after it had ended"
+
+
+@dataclass(frozen=True)
+class Means:
+    """With what a ladder is climbed. `owns_process` as ScaleRunner has it.
+
+    gates_full: whether a rung must pass FULL, its trend included, before the next begins.
+    """
+
+    model_factory: ModelFactory | None = None
+    gates_full: bool = True
+    owns_process: bool = False
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to become of a rung that has failed: another attempt, or going on above it."""
+
+    retry: bool = False
+    override: str | None = None
+
+
+class Climb:
+    """A ladder that is being climbed, by this process alone.
+
+    `go` returns how each rung of this call ended; the last may have failed. Raises UserError for
+    what the user can mend, and Interrupted, with everything kept, after a signal.
+    """
+
+    def __init__(self, ladder: Ladder, name: str, folder: Path, means: Means = Means()) -> None:
+        self._ladder = ladder
+        self._means = means
+        self._console: Console = make_console()
+        self._folder = folder
+        self._name = name
+        self._results: list[PipelineResult] = []
+        self.verdicts: list[ValidationResult] = []  # of all rungs of this call
+
+    def go(self, wish: Wish = Wish()) -> list[PipelineResult]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._standing = (
+            Standing.open(self._folder) if (self._folder / LADDER_FILE).exists()
+            else Standing(self._name, self._folder)
+        )
+        lock = self._standing.lock()
+        lock.hold()
+        try:
+            self._heed(wish)
+            self._below = ([] if self._ladder.below is None else find_below(
+                self._ladder.below, self._ladder.rungs[self._ladder.config.start]))
+            with self._tracked_ladder() as self._tracked:
+                self._climb()
+        finally:
+            lock.release()
+        return self._results
+
+    def _heed(self, wish: Wish) -> None:
+        """Do what is wished of a rung that failed; raise UserError if nothing is."""
+        failed = next((a for scale in self._ladder.scales
+                       if (a := self._standing.newest(scale)) and not a.may_go_on), None)
+        if failed is None or failed.state is not State.FAILED:
+            if wish.retry or wish.override:
+                raise UserError(f"ladder {self._name}: no rung of it has failed; leave out --retry "
+                                "and --override")
+            return
+        if wish.override is not None:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            failed.override = Override(acting_user(), now, wish.override)
+            self._standing.save()
+        elif wish.retry:
+            self._standing.attempts.append(self._new_attempt(failed.scale, failed))
+            self._standing.save()
+        elif not self._may_rerun(failed):
+            raise UserError(
+                f"ladder {self._name}: stopped at rung {failed.scale.value}: {failed.reason}; "
+                "mend it and add --retry to train it again, or go on above it with --override "
+                "REASON, which is put on record"
+            )
+
+    @contextmanager
+    def _tracked_ladder(self) -> Iterator[TrackedRun]:
+        tracked = self._track()
+        status, reason = "FINISHED", None
+        try:
+            yield tracked
+            last = self._results[-1] if self._results else None
+            if last is not None and not last.success:
+                status, reason = "FAILED", f"rung {last.scale.value}: {last.reason}"
+        except UserError as error:
+            status, reason = "FAILED", str(error)
+            raise
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            status, reason = "KILLED", str(interruption) or "interrupted"
+            raise
+        except BaseException as error:
+            status, reason = "FAILED", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            wait_seconds = self._any_rung.tracking_wait_seconds
+            for line in tracked.end(status, reason, wait_seconds):
+                say(self._console, line)
+
+    @property
+    def _any_rung(self) -> PipelineConfig:
+        return self._ladder.rungs[self._ladder.config.start]
+
+    def _track(self) -> TrackedRun:
+        """Begin the ladder's run, or go on with it."""
+        spool = self._folder / SPOOL
+
+        def notify(line: str) -> None:
+            say(self._console, line)
+
+        if (spool / ADDRESS).is_file():
+            self._experiment = self._ladder.experiment
+            tracked = TrackedRun.resume_spooled(spool, notify)
+        else:
+            self._experiment = joined_experiment_name() or self._ladder.experiment
+            tracked = TrackedRun.begin(self._experiment, self._name)
+            tracked.spool_to(spool, notify)
+        self._standing.run_id = tracked.run_id
+        self._standing.save()
+        tracked.set_tags({
+            **environment_tags(), NAME_TAG: self._name, "svend.scale": "ladder",
+            "svend.recipe": self._any_rung.training.data.recipe,
+        })
+        return tracked
+
+    def _climb(self) -> None:
+        self._record()
+        number = 0
+        while number < len(self._ladder.scales):
+            scale = self._ladder.scales[number]
+            attempt = self._standing.newest(scale)
+            if attempt is not None and attempt.may_go_on:
+                self._close(attempt)
+                number += 1
+                continue
+            if attempt is None or attempt.state is State.FAILED:
+                attempt = self._new_attempt(scale, attempt)
+                self._standing.attempts.append(attempt)
+                self._standing.save()
+            self._console.rule(f"rung {number + 1} of {len(self._ladder.scales)}: {scale.value}, "
+                               f"{attempt.model}")
+            result = self._run(attempt)
+            self._results.append(result)
+            self._record()
+            if not result.success and not self._may_rerun(attempt):
+                break
+        self._console.print(standing_table(self._standing, self._ladder))
+        show_next_steps(
+            self._console, self._tracked.tracking_uri, self._tracked.experiment_id,
+            self._tracked.run_id, self._folder, None,
+        )
+
+    def _new_attempt(self, scale: ModelScale, former: Attempt | None) -> Attempt:
+        config = self._ladder.rungs[scale]
+        model = planned_model(config, self._means.model_factory)
+        on_hold = former is not None and former.trend is Trend.HOLD
+        return Attempt(
+            scale=scale, number=1 if former is None else former.number + 1,
+            # Another seed tells noise from fault; a fault is looked for on the seed that showed it.
+            seed=config.training.seed + (1 if on_hold else 0),
+            model=model.name, parameters=float(model.num_matrix_parameters()),
+        )
+
+    def _may_rerun(self, attempt: Attempt) -> bool:
+        """Whether the rung is on hold for the first time, and another seed is to tell."""
+        held = [a for a in self._standing.attempts
+                if a.scale is attempt.scale and a.trend is Trend.HOLD]
+        return (attempt.trend is Trend.HOLD and len(held) == 1
+                and self._ladder.config.trend.on_hold is OnHold.RERUN)
+
+    def _run(self, attempt: Attempt) -> PipelineResult:
+        """Run an attempt from the infrastructure's check to its verdict, or go on with it."""
+        config = attempt_config(
+            self._ladder, attempt.scale, attempt.seed,
+            str(self._folder / f"{attempt.scale.value}-{attempt.number}"), self._experiment,
+        )
+        started_seconds = time.monotonic()
+        resume = _is_begun(config)
+        history = self._history(attempt)
+        runner = ScaleRunner(
+            config, self._means.model_factory,
+            self._rung_run(attempt, history, config), owns_process=self._means.owns_process,
+        )
+        runner.validator = self._validator(config, attempt, history)
+        if not resume and not runner.validate_infrastructure():
+            raise UserError(f"rung {attempt.scale.value}: cannot be trained here; mend the lines "
+                            "marked FAIL, and run the ladder again")
+        if not attempt.stressed and not resume:
+            self._stress(attempt, config)
+        result = runner.run(resume=resume)
+        self.verdicts += runner.validator.history
+        attempt.seconds += time.monotonic() - started_seconds
+        if result.interrupted:
+            self._standing.save()
+            raise Interrupted(
+                f"{result.reason}; the ladder goes on at rung {attempt.scale.value}"
+            )
+        if not result.success:
+            attempt.reason = attempt.reason or str(result.reason)
+            if isinstance(result.error, GateFailure | DivergenceError):
+                attempt.state = State.FAILED
+        self._standing.save()
+        return result
+
+    def _history(self, attempt: Attempt) -> list[Attempt]:
+        scales = self._ladder.scales
+        lower = scales[: scales.index(attempt.scale)]
+        return [*self._below, *(a for a in self._standing.climbed() if a.scale in lower)]
+
+    def _rung_run(
+        self, attempt: Attempt, history: Sequence[Attempt], config: PipelineConfig
+    ) -> RungRun:
+        earlier = [a.error for a in self._standing.attempts
+                   if a.scale is attempt.scale and a.number < attempt.number
+                   and a.trend is Trend.HOLD and a.error is not None]
+        tags = {LADDER_TAG: self._name, RUNG_TAG: attempt.scale.value,
+                "svend.ladder.attempt": str(attempt.number)}
+        if history and history[-1].run_id is not None:
+            tags[PARENT_SCALE] = history[-1].run_id
+        if history and history[-1].override is not None:
+            tags["svend.ladder.rests_on_override"] = history[-1].override.reason
+        return RungRun(
+            parent_run_id=self._tracked.run_id, name=f"{attempt.scale.value}-{self._name}",
+            gates_full=self._means.gates_full and config.strict_validation, tags=tags,
+            standing=self._standing, attempt=attempt, history=history, earlier_errors=earlier,
+            trend=self._ladder.config.trend, console=self._console,
+        )
+
+    def _validator(
+        self, config: PipelineConfig, attempt: Attempt, history: Sequence[Attempt]
+    ) -> PipelineValidator:
+        """Return FULL with what a rung's loss must show beside its benchmarks."""
+        gates = [LOSS_FALLS_GATE]
+        points = [point for below in history for point in below.points()]
+        if attempt.predicted is not None:
+            frozen = attempt.predicted
+            gates += Bounds(frozen.hold_above, frozen.stop_above, frozen.investigate_below).gates()
+        elif attempt.folder is None and why_too_few(points) is None:
+            gates += Bounds.of(self._ladder.config.trend, points).gates()
+        return PipelineValidator(
+            strict=config.strict_validation, custom_gates=gates, gates=config.gates,
+            thresholds=config.training.validation_gates,
+        )
+
+    def _stress(self, attempt: Attempt, config: PipelineConfig) -> None:
+        """Train for a little while at a multiple of the rate, which brings out what is unstable.
+
+        Wortsman et al. 2023 (arXiv 2309.14322): what large models show at their rate, small ones
+        show at a higher one.
+        """
+        stress = self._ladder.config.stress
+        if stress.steps == 0:
+            return
+        training = replace(
+            config.training, learning_rate=stress.rate_factor * config.training.learning_rate,
+            max_steps=stress.steps, horizons=[], save_steps=stress.steps,
+        )
+        at_rate = replace(config, training=training, eval_benchmarks=[],
+                          checkpoint_dir=f"{config.checkpoint_dir}-stress")
+        self._console.print(f"stress: {stress.steps} steps at {stress.rate_factor:g} times the "
+                            "learning rate")
+        result = ScaleRunner(at_rate, self._means.model_factory, NestedRun(
+            parent_run_id=self._tracked.run_id, name=f"{attempt.scale.value}-stress",
+            registers=False, tags={LADDER_TAG: self._name, "svend.ladder.stress": "true"},
+        ), owns_process=self._means.owns_process).run(resume=_is_begun(at_rate))
+        if result.interrupted:
+            raise Interrupted(str(result.reason))
+        if not result.success:
+            line = f"rung {attempt.scale.value}: stress run failed: {result.reason}"
+            if stress.action is OnStress.FAIL:
+                raise UserError(f"{line}; lower training.learning_rate, or set "
+                                "ladder.stress.action=warn")
+            self._console.print(f"warning: {line}", soft_wrap=True)
+        attempt.stressed = True
+        self._standing.save()
+
+    def _close(self, attempt: Attempt) -> None:
+        """End in the store what a process left running that was killed after its end."""
+        if attempt.run_id is not None:
+            status = "FINISHED" if attempt.state is State.PASSED else "FAILED"
+            end_abandoned(attempt.run_id, LEFT_RUNNING, status)
+
+    def _record(self) -> None:
+        """Have the ladder's run tell how far it has come."""
+        for number, scale in enumerate(self._ladder.scales, start=1):
+            attempt = self._standing.newest(scale)
+            if attempt is None:
+                continue
+            predicted = attempt.predicted
+            told = {
+                "ladder/parameters": attempt.parameters, "ladder/loss": attempt.loss,
+                "ladder/predicted_loss": None if predicted is None else predicted.loss,
+                "ladder/prediction_error": attempt.error, "ladder/seconds": attempt.seconds,
+            }
+            self._tracked.log_metrics(
+                {key: value for key, value in told.items() if value is not None}, number
+            )
+            if attempt.override is not None:
+                override = attempt.override
+                self._tracked.set_tags({
+                    f"svend.ladder.override.{scale.value}":
+                        f"{override.reason} ({override.by}, {override.at})"
+                })
+        told_file = (self._folder / LADDER_FILE).read_text(encoding="utf-8")
+        self._tracked.log_text(json.dumps(json.loads(told_file), indent=1), LADDER_FILE)
+
+
+def _is_begun(config: PipelineConfig) -> bool:
+    """Whether there is a run of this attempt to go on with."""
+    training = config.training
+    try:
+        RunFolder.find_unfinished(
+            config.checkpoint_dir, training.experiment_name, training.model_scale.value
+        )
+    except UserError:
+        return False
+    return True
