@@ -193,7 +193,7 @@ class Climb:
             result = self._run(attempt)
             self._results.append(result)
             self._record()
-            if not result.success and not self._may_rerun(attempt):
+            if not attempt.may_go_on and not self._may_rerun(attempt):
                 break
         self._console.print(standing_table(self._standing, self._ladder))
         show_next_steps(
@@ -272,7 +272,7 @@ class Climb:
             tags["svend.ladder.rests_on_override"] = history[-1].override.reason
         return RungRun(
             parent_run_id=self._tracked.run_id, name=f"{attempt.scale.value}-{self._name}",
-            gates_full=self._means.gates_full and config.strict_validation, tags=tags,
+            gates_full=self._means.gates_full, strict=config.strict_validation, tags=tags,
             standing=self._standing, attempt=attempt, history=history, earlier_errors=earlier,
             trend=self._ladder.config.trend, console=self._console,
         )

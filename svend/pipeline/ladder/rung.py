@@ -42,13 +42,15 @@ class RungRun(NestedRun):
     """What a ladder wants of a rung's run.
 
     history: the rungs below, from the lowest, whose losses it is held against. earlier_errors: of
-    attempts on other seeds, which count as much as this one's.
+    attempts on other seeds, which count as much as this one's. strict: whether a failed FULL ends
+    the ladder, or is on record only.
     """
 
     standing: Standing
     attempt: Attempt
     history: Sequence[Attempt]
     earlier_errors: Sequence[float]
+    strict: bool
     trend: TrendConfig
     console: Console
 
@@ -97,7 +99,8 @@ class RungRun(NestedRun):
     ) -> None:
         """Put on record whether the rung above may begin."""
         attempt = self.attempt
-        passed = verdict is not None and (verdict.passed or not self.gates_full)
+        must_pass = self.gates_full and self.strict
+        passed = not must_pass or (verdict is not None and verdict.passed)
         attempt.state = State.PASSED if passed else State.FAILED
         attempt.version = None if registered is None else f"{registered.name}/{registered.version}"
         if verdict is not None and not verdict.passed:
