@@ -22,6 +22,7 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.interruption import EXIT_INTERRUPTED
 from svend.pipeline.ladder import command as ladder_command
+from svend.pipeline.ladder import predict_command
 from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
 from svend.serving import command as serve_command
@@ -58,7 +59,7 @@ GROUP_HELP = {
 SHOWN = {
     "history": promotion_command.run_history, "lineage": promotion_command.run_lineage,
     "export": exchange_command.run_export, "import": exchange_command.run_import,
-    "sync": sync_command.run, "compare": compare_command.run,
+    "sync": sync_command.run, "predict": predict_command.run, "compare": compare_command.run,
 }
 WITHOUT_CONFIG = ("chaos", "scales", "bench", "coordcheck", "audit", *SHOWN)
 ON_A_VERSION = ("evaluate", "promote", "serve")
@@ -197,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
         ("import", "make a start of a Hugging Face folder",
          "Make a checkpoint to begin a run with of a Llama-family folder.",
          exchange_command.IMPORT_HELP, exchange_command.add_import_options),
+        ("predict", "the loss of a model to come, from a table of losses",
+         "Fit the scaling law L(N, D) on a table of losses, predict with an interval, and say how "
+         "far each size would have been missed.",
+         predict_command.HELP, predict_command.add_options),
         ("sync", "tell the tracking store what it missed",
          "Send the tracking store what runs could not, for it was down or they were killed.",
          sync_command.HELP, sync_command.add_options),

@@ -37,10 +37,13 @@ def follow_branch(job: Job, branch: Branch, is_stopped: Callable[[], bool]) -> H
     state, training = job.state, job.config.training
     started_seconds = time.perf_counter()
     of_run = state.scheduler.lr_lambdas
-    of_branch = partial(
+    decay = partial(
         learning_rate_factor, total_steps=job.plan.total_steps, training=training, end=branch.end
     )
-    state.scheduler.lr_lambdas = [of_branch] * len(of_run)
+    # Never above the run's own rate, whatever that is.
+    state.scheduler.lr_lambdas = [
+        lambda step, own=own: min(own(step), decay(step)) for own in of_run
+    ]
     horizon = None
     try:
         for _ in train_steps(state, training, branch.end):

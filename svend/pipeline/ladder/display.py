@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -143,6 +144,27 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
         if standing.newest(scale) is None:
             model = ladder.rungs[scale].model if ladder else None
             table.add_row(scale.value, model.name if model else "", "to come")
+    return table
+
+
+def backtest_table(backtest: pd.DataFrame) -> Table:
+    """Return how far the law was off at each size that it had not seen, at each horizon."""
+    table = Table(title="Each size predicted from the others", title_justify="left")
+    for heading in ("parameters", "tokens", "measured", "predicted", "95% interval", "error",
+                    "error from below"):
+        table.add_column(heading, justify="right")
+    rows = backtest.to_dict("records")
+    below = {(row["parameters"], row["tokens"], row["measured"]): row["error"]
+             for row in rows if row["fitted_on"] == "below"}
+    for row in rows:
+        if row["fitted_on"] == "others":
+            error = below.get((row["parameters"], row["tokens"], row["measured"]))
+            table.add_row(
+                format_count(int(row["parameters"])), format_count(int(row["tokens"])),
+                f"{row['measured']:.4f}", f"{row['predicted']:.4f}",
+                f"{row['low']:.4f} to {row['high']:.4f}", f"{row['error']:+.2%}",
+                "" if error is None else f"{error:+.2%}",
+            )
     return table
 
 

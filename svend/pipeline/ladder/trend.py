@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import pandas as pd
-
 from svend.pipeline.config import ValidationGate
 from svend.pipeline.ladder.options import TrendConfig
-from svend.planning.scaling_law import Point, backtest
+from svend.planning.scaling_law import Point, left_out_error
 
 PREDICTION_ERROR, SLOPE_BOUND = "prediction_error", "loss_slope_bound"
 AS_PREDICTED, NOT_TOO_GOOD, LOSS_FALLS = "loss_as_predicted", "loss_not_too_good", "loss_falls"
@@ -40,7 +38,7 @@ class Bounds:
         bounds = cls(trend.hold_above, trend.stop_above, trend.investigate_below)
         if len({point.rung for point in points}) < trend.backtest_after:
             return bounds
-        twice = 2 * backtest_error(backtest(points))
+        twice = 2 * left_out_error(points)
         return cls(max(bounds.hold_above, twice), max(bounds.stop_above, twice),
                    min(bounds.investigate_below, -twice))
 
@@ -71,12 +69,6 @@ LOSS_FALLS_GATE = ValidationGate(
     name=LOSS_FALLS, metric_name=SLOPE_BOUND, comparison="<", threshold=0.0,
     description="the training loss falls: the upper bound of its slope is below 0",
 )
-
-
-def backtest_error(table: pd.DataFrame) -> float:
-    """Return the root mean square error of leaving out one rung after the other."""
-    errors = table.loc[table["fitted_on"] == "others", "error"]
-    return float((errors**2).mean() ** 0.5)
 
 
 class EarlyWatch:

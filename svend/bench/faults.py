@@ -1,0 +1,204 @@
+"""Ladders with a planted fault, and healthy ones: what is caught, by what, at which cost.
+
+A fault is planted into a rung's state just before its first step: the pipeline does not know of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svend.data.stream import Batch, BatchStream, PackedSequences
+from svend.errors import Interrupted, UserError
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.config import ModelScale
+from svend.pipeline.job import Job
+from svend.pipeline.ladder.climb import Climb
+from svend.pipeline.ladder.options import Ladder
+from svend.pipeline.ladder.standing import Attempt, Standing, State, ladder_folder
+
+RESULTS = "faults.jsonl"
+Plant = Callable[[Job], None]
+RATE_FACTOR = 4.0
+SHUFFLED_SHARE = 0.25
+FROZEN_BLOCK = 1
+LEAKED_ROWS = 2  # of each micro-batch
+SLOW_WARM_UP = 1.0  # of the run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a ladder ended. share: of the faulty rung's steps that were spent until it was caught.
+
+    caught_by: the rung's reason, "" where it passed.
+    """
+
+    fault: str
+    seed: int
+    rungs: dict[str, dict[str, Any]]
+    ended_at: str
+    caught_by: str
+    share: float
+
+
+class _Stream(Iterator[Batch]):
+    """A stream whose batches are changed on their way."""
+
+    def __init__(self, stream: BatchStream, change: Callable[[Batch], Batch]) -> None:
+        self._stream = stream
+        self._change = change
+
+    def __next__(self) -> Batch:
+        return self._change(next(self._stream))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def raise_rate(job: Job) -> None:
+    """Train at four times the learning rate."""
+    scheduler = job.state.scheduler
+    scheduler.base_lrs = [RATE_FACTOR * rate for rate in scheduler.base_lrs]
+    for group in job.state.optimizer.param_groups:
+        group["lr"] *= RATE_FACTOR
+        group["initial_lr"] *= RATE_FACTOR
+
+
+def shuffle_labels(job: Job) -> None:
+    """Give a quarter of the positions the label of another."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(batch: Batch) -> Batch:
+        labels = batch.labels_BT.flatten().clone()
+        told = (labels >= 0).nonzero().squeeze(1)
+        chosen = told[torch.rand(len(told), generator=generator) < SHUFFLED_SHARE]
+        order = torch.randperm(len(chosen), generator=generator)
+        labels[chosen] = labels[chosen[order]]
+        return replace(batch, labels_BT=labels.view_as(batch.labels_BT))
+
+    job.state.stream = _Stream(job.state.stream, change)  # type: ignore[assignment]
+
+
+def freeze_layer(job: Job) -> None:
+    """Leave a block as it was drawn."""
+    assert isinstance(job.state.model, ReasoningTransformer)
+    for parameter in job.state.model.blocks[FROZEN_BLOCK].parameters():
+        parameter.requires_grad_(False)
+
+
+def leak_heldout(job: Job) -> None:
+    """Put sequences that the loss is measured on among those that are trained on."""
+    heldout: PackedSequences = job.heldout
+    count = job.config.training.heldout_sequences
+    taken = 0
+
+    def change(batch: Batch) -> Batch:
+        nonlocal taken
+        leaked = heldout.batch(taken % (count - LEAKED_ROWS), LEAKED_ROWS)
+        taken += LEAKED_ROWS
+        rows = slice(0, LEAKED_ROWS)
+        changed = {name: getattr(batch, name).clone()
+                   for name in ("tokens_BT", "labels_BT", "documents_BT")}
+        for name, tensor in changed.items():
+            tensor[rows] = getattr(leaked, name)
+        predicted = int((changed["labels_BT"] >= 0).sum())
+        return replace(batch, **changed, predicted_tokens=predicted)
+
+    job.state.stream = _Stream(job.state.stream, change)  # type: ignore[assignment]
+
+
+def break_warm_up(job: Job) -> None:
+    """Let the warm-up last for the whole run."""
+    scheduler, last = job.state.scheduler, SLOW_WARM_UP * job.plan.total_steps
+    own = scheduler.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        return min(own(step), (step + 1) / last) if step > 0 else 1 / last
+
+    scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
+    for group, base in zip(job.state.optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group["lr"] = base * factor(0)
+
+
+FAULTS: Mapping[str, Plant] = {
+    "rate": raise_rate, "labels": shuffle_labels, "frozen": freeze_layer, "leak": leak_heldout,
+    "warm-up": break_warm_up,
+}
+
+
+class FaultyClimb(Climb):
+    """A climb whose rung of one scale has a fault."""
+
+    def __init__(self, ladder: Ladder, name: str, folder: Path, scale: ModelScale,
+                 plant: Plant) -> None:
+        super().__init__(ladder, name, folder)
+        self._scale = scale
+        self._plant = plant
+
+    def _rung_run(self, attempt: Attempt, *others: Any) -> Any:
+        rung = super()._rung_run(attempt, *others)
+        if attempt.scale is not self._scale:
+            return rung
+        prepared = rung.prepared
+
+        def prepare(job: Job) -> None:
+            prepared(job)
+            self._plant(job)
+
+        rung.prepared = prepare  # type: ignore[method-assign]
+        return rung
+
+
+def climb_with(ladder: Ladder, fault: str, seed: int) -> Outcome:
+    """Climb a ladder with a fault in its last rung, or with none, and return how it ended."""
+    last = ladder.scales[-1]
+    name = f"{fault}-{seed}"
+    folder = ladder_folder(ladder.rungs[last].checkpoint_dir, name)
+    climb = (Climb(ladder, name, folder) if fault == "none"
+             else FaultyClimb(ladder, name, folder, last, FAULTS[fault]))
+    try:
+        climb.go()
+    except UserError as error:
+        return Outcome(fault, seed, {}, "", f"error: {error}", 0.0)
+    except Interrupted:
+        raise
+    return _outcome(Standing.open(folder), fault, seed)
+
+
+def _outcome(standing: Standing, fault: str, seed: int) -> Outcome:
+    ended = standing.attempts[-1]
+    rungs = {
+        f"{attempt.scale.value}-{attempt.number}": {
+            "loss": attempt.loss, "predicted": attempt.predicted and attempt.predicted.loss,
+            "error": attempt.error, "trend": attempt.trend.value, "state": attempt.state.value,
+            "looks": [look.error for look in attempt.looks], "seconds": attempt.seconds,
+            "horizons": [asdict(horizon) for horizon in attempt.horizons],
+            "parameters": attempt.parameters, "total_steps": attempt.total_steps,
+            "reason": attempt.reason,
+        }
+        for attempt in standing.attempts
+    }
+    caught = ended.state is not State.PASSED
+    reached = max((h.step for h in ended.horizons), default=0)
+    share = reached / ended.total_steps if ended.total_steps else 0.0
+    return Outcome(fault, seed, rungs, ended.scale.value, ended.reason if caught else "", share)
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Append an outcome to the folder's results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / RESULTS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(outcome)) + "\n")
+
+
+def read_outcomes(folder: Path) -> Sequence[Outcome]:
+    """Return the outcomes so far; the last one of a case counts."""
+    path = folder / RESULTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    outcomes = [Outcome(**json.loads(line)) for line in lines]
+    return list({(outcome.fault, outcome.seed): outcome for outcome in outcomes}.values())
