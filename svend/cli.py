@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from svend import __version__
-from svend.bench import chaos_command, parametrisation_command
+from svend.bench import chaos_command, faults_command, parametrisation_command
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, UserError, one_line
 from svend.pipeline import exchange_command, sync_command
@@ -119,6 +119,7 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench generate": bench_command.run_generate,
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
+        "bench faults": faults_command.run,
     }
     return measured[name](known)
 
@@ -263,6 +264,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train models of several widths and depths at several learning rates.",
         epilog=parametrisation_command.TRANSFER_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    faults_command.add_options(kinds.add_parser(
+        "faults", help="ladders with planted faults, and healthy ones",
+        description="Climb small ladders, healthy and with a planted fault; say which are stopped.",
+        epilog=faults_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     ))
     parametrisation_command.add_coordcheck_options(commands.add_parser(
         "coordcheck", help="whether activations keep their size as models grow",

@@ -106,8 +106,7 @@ def leak_heldout(job: Job) -> None:
                    for name in ("tokens_BT", "labels_BT", "documents_BT")}
         for name, tensor in changed.items():
             tensor[rows] = getattr(leaked, name)
-        predicted = int((changed["labels_BT"] >= 0).sum())
-        return replace(batch, **changed, predicted_tokens=predicted)
+        return replace(batch, **changed)
 
     job.state.stream = _Stream(job.state.stream, change)  # type: ignore[assignment]
 

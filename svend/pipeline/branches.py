@@ -40,10 +40,11 @@ def follow_branch(job: Job, branch: Branch, is_stopped: Callable[[], bool]) -> H
     decay = partial(
         learning_rate_factor, total_steps=job.plan.total_steps, training=training, end=branch.end
     )
-    # Never above the run's own rate, whatever that is.
-    state.scheduler.lr_lambdas = [
-        lambda step, own=own: min(own(step), decay(step)) for own in of_run
-    ]
+
+    def factor(step: int) -> float:
+        return min(of_run[0](step), decay(step))  # never above the run's own rate
+
+    state.scheduler.lr_lambdas = [factor] * len(of_run)
     horizon = None
     try:
         for _ in train_steps(state, training, branch.end):
