@@ -18,7 +18,7 @@ from svend.errors import Interrupted, UserError
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelScale
 from svend.pipeline.job import Job
-from svend.pipeline.ladder.climb import Climb
+from svend.pipeline.ladder.climb import LadderClimb
 from svend.pipeline.ladder.options import Ladder
 from svend.pipeline.ladder.standing import Attempt, Standing, State, ladder_folder
 
@@ -130,7 +130,7 @@ FAULTS: Mapping[str, Plant] = {
 }
 
 
-class FaultyClimb(Climb):
+class FaultyClimb(LadderClimb):
     """A climb whose rung of one scale has a fault."""
 
     def __init__(self, ladder: Ladder, name: str, folder: Path, scale: ModelScale,
@@ -158,7 +158,7 @@ def climb_with(ladder: Ladder, fault: str, seed: int) -> Outcome:
     last = ladder.scales[-1]
     name = f"{fault}-{seed}"
     folder = ladder_folder(ladder.rungs[last].checkpoint_dir, name)
-    climb = (Climb(ladder, name, folder) if fault == "none"
+    climb = (LadderClimb(ladder, name, folder) if fault == "none"
              else FaultyClimb(ladder, name, folder, last, FAULTS[fault]))
     try:
         climb.go()

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +34,14 @@ COEFFICIENTS = 6
 MIN_RUNGS, MIN_POINTS = 2, 8
 MIN_HORIZONS = 3
 # Exponents that are looked at, first coarsely, then between the neighbours of the best.
-LOWEST_EXPONENT, HIGHEST_EXPONENT, GRID = 0.05, 2.0, 16
-GAMMAS = 6  # from 0 to 1
-REFINED, REFINEMENTS = 7, 2
+LOWEST_EXPONENT, HIGHEST_EXPONENT, GRID = 0.05, 2.0, 10
+GAMMAS = 5  # from 0 to 1
+REFINED, REFINEMENTS = 5, 3
 CONFIDENCE = 0.95
+STANDARD_ERRORS = 2.0  # that make an interval of about CONFIDENCE
 # Two sizes do not say how the term of the size goes on: every alpha fits them. What is known of
 # other ladders (Hoffmann et al.: 0.34; 0.17 fits OLMo's) then decides, weighed as one point of that
-# noise.
+# noise, which is also taken for the least that a seed moves a rung by.
 USUAL_ALPHA, SPREAD_OF_LOG_ALPHA, NOISE = 0.3, 0.7, 0.002
 
 
@@ -125,9 +126,9 @@ def predict(points: Sequence[Point], parameters: float, tokens: float) -> Predic
     """Return what is expected at so many parameters and tokens, from the points.
 
     The interval holds what each law gives that fits the points about as well as the best (profile
-    likelihood), and the scatter about it; with three rungs or more it is at least twice as wide as
-    leaving out one rung after the other is off, for points of a rung share its seed. Raises
-    TooFewPoints.
+    likelihood), and the scatter about it. The points of a rung share its seed: so the interval is at
+    least as wide as one that moves each rung by NOISE makes it, and as leaving out one rung after
+    the other is off. Raises TooFewPoints.
     """
     fits = _fit(tuple(points))
     best = fits.best
@@ -141,11 +142,25 @@ def predict(points: Sequence[Point], parameters: float, tokens: float) -> Predic
     scatter = quantile * math.sqrt(variance)
     law = fits.laws[best]
     loss = law.loss(parameters, tokens)
-    left_out = loss * 2 * left_out_error(points)
-    return Prediction(
-        loss, min(min(losses) * (1 - scatter), loss - left_out),
-        max(max(losses) * (1 + scatter), loss + left_out), law,
+    between_rungs = STANDARD_ERRORS * max(
+        loss * left_out_error(points), _error_by_seeds(points, parameters, tokens, loss)
     )
+    return Prediction(
+        loss, min(min(losses) * (1 - scatter), loss - between_rungs),
+        max(max(losses) * (1 + scatter), loss + between_rungs), law,
+    )
+
+
+def _error_by_seeds(
+    points: Sequence[Point], parameters: float, tokens: float, loss: float
+) -> float:
+    """Return the standard error of a loss if each rung's seed moves all of its points by NOISE."""
+    squares = 0.0
+    for rung in _rungs(points):
+        moved = [replace(point, loss=point.loss * (1 + NOISE)) if point.rung == rung else point
+                 for point in points]
+        squares += (fit_law(moved).loss(parameters, tokens) - loss) ** 2
+    return math.sqrt(squares)
 
 
 def left_out_error(points: Sequence[Point]) -> float:
@@ -228,7 +243,7 @@ def _rungs(points: Iterable[Point]) -> list[str]:
 
 
 # From the same points many sizes are predicted: a ladder's rungs, a report's curves.
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _fit(points: tuple[Point, ...]) -> _Fits:
     reason = why_too_few(points)
     if reason is not None:

@@ -68,7 +68,7 @@ class Wish:
     override: str | None = None
 
 
-class Climb:
+class LadderClimb:
     """A ladder that is being climbed, by this process alone.
 
     `go` returns how each rung of this call ended; the last may have failed. Raises UserError for

@@ -51,11 +51,11 @@ def run(
     if known.override is not None and not known.override.strip():
         raise ConfigError("override: give the reason, which is put on record")
     short = [(f"ladder.{name}", getattr(known, name)) for name in ("start", "end")
-             if getattr(known, name) is not None]
+             if getattr(known, name)]
     ladder = load_ladder(known.ladder, groups, [*overrides, *short])
     name = known.name or known.ladder
     print("starting: loading torch and mlflow", flush=True)
-    from svend.pipeline.ladder.climb import Climb, Means, Wish
+    from svend.pipeline.ladder.climb import LadderClimb, Means, Wish
     from svend.pipeline.ladder.standing import ladder_folder
 
     folder = ladder_folder(ladder.rungs[ladder.config.start].checkpoint_dir, name)
@@ -65,7 +65,7 @@ def run(
     if known.dry_run == "true":
         _show_dry_run(ladder, name, folder)
         return None
-    climb = Climb(ladder, name, folder, Means(owns_process=True))
+    climb = LadderClimb(ladder, name, folder, Means(owns_process=True))
     results = climb.go(Wish(known.retry, known.override))
     last = results[-1] if results else None
     if last is None or last.success:

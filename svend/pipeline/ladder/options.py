@@ -151,7 +151,9 @@ def load_ladder(
         else:
             of_rungs.append((full_key(key), text))
     settings = {scale: _settings(tree, scale) for scale in ORDER}
-    del tree["settings"], tree["rungs"]
+    groups = {"preset": "full", **_groups(tree), **groups}
+    for own in ("groups", "settings", "rungs"):
+        del tree[own]
     config = build(LadderConfig, tree, prefix=PREFIX)
     config.check()
     if any(key == "training.max_steps" for key, _ in of_rungs):
@@ -159,7 +161,7 @@ def load_ladder(
     first = ORDER.index(config.start)
     wanted = ORDER[max(0, first - 1) : ORDER.index(config.end) + 1]
     # As the configuration leaves it, before a scale's own figures are put in.
-    groups, by_hand = {"preset": "full", **groups}, dict(of_rungs)
+    by_hand = dict(of_rungs)
 
     def rung(scale: ModelScale, common: Mapping[str, str] = {}) -> PipelineConfig:
         # Later ones win: what is common, the ladder's settings, the rung's, what was set by hand.
@@ -180,7 +182,8 @@ def load_ladder(
 def default_ladder(start: ModelScale, end: ModelScale) -> LadderConfig:
     """Return a ladder of these scales whose rungs take their steps from their configuration."""
     tree = read_group("ladder", "default")
-    del tree["settings"], tree["rungs"]
+    for own in ("groups", "settings", "rungs"):
+        del tree[own]
     config = build(LadderConfig, tree, prefix=PREFIX)
     return dataclasses.replace(config, start=start, end=end, tokens_per_parameter=None)
 
@@ -258,6 +261,14 @@ def find_differences(below: PipelineConfig, above: PipelineConfig) -> list[str]:
         if any(key == part or key.startswith(f"{part}.") for part in COMPARED)
         and key not in NOT_COMPARED and was.get(key) != now.get(key)
     ]
+
+
+def _groups(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Return the groups of the configuration that a ladder chooses, where nobody else does."""
+    told = tree["groups"]
+    _require(isinstance(told, dict) and set(told) <= {"data", "gates", "preset"}, "groups", told,
+             "a mapping of data, gates and preset")
+    return {str(group): str(member) for group, member in told.items()}
 
 
 def _settings(tree: Mapping[str, Any], scale: ModelScale) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svend.errors import ConfigError
 from svend.pipeline.config import ModelScale, get_model_config
-from svend.pipeline.ladder.climb import Climb, Means
+from svend.pipeline.ladder.climb import LadderClimb, Means
 from svend.pipeline.ladder.options import ORDER, common_data, default_ladder, make_ladder
 from svend.pipeline.ladder.standing import ladder_folder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
@@ -53,7 +53,7 @@ class PipelineRunner(ScaleRunner):
             if not (folder := ladder_folder(self.config.checkpoint_dir, name)).exists()
         )
         means = Means(self.model_factory, validation_between_scales, self.owns_process)
-        climb = Climb(make_ladder(ladder, rungs), name, Path(folder), means)
+        climb = LadderClimb(make_ladder(ladder, rungs), name, Path(folder), means)
         results = climb.go()
         self.validator.history += climb.verdicts
         return results
