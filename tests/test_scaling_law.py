@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_the_interval_holds_the_truth_where_rungs_are_off_by_their_seeds() -> No
 def test_a_fitted_law_never_rises_with_size_or_data() -> None:
     law = fit_law(points_of(LAW, noise=0.01))
     losses = [[law.loss(n, d) for d in (1e9, 1e10, 1e11)] for n in (1e8, 1e9, 1e10)]
-    assert all(a >= b for row in losses for a, b in zip(row, row[1:], strict=False))
+    assert all(a >= b for row in losses for a, b in itertools.pairwise(row))
 
 
 def test_two_sizes_are_enough_to_predict_a_third_and_less_is_refused() -> None:

@@ -126,7 +126,7 @@ def predict(points: Sequence[Point], parameters: float, tokens: float) -> Predic
     """Return what is expected at so many parameters and tokens, from the points.
 
     The interval holds what each law gives that fits the points about as well as the best (profile
-    likelihood), and the scatter about it. The points of a rung share its seed: so the interval is at
+    likelihood), and the scatter about it. Points of a rung share its seed: so the interval is at
     least as wide as one that moves each rung by NOISE makes it, and as leaving out one rung after
     the other is off. Raises TooFewPoints.
     """
