@@ -2,10 +2,14 @@ PYTHON ?= python3.11
 # mlflow run --env-manager local runs the `python` that it finds first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test test-slow check clean
+.PHONY: run demo test test-slow check clean
 
 run: .venv/installed
 	mlflow run . --env-manager local -P scale=tiny
+
+demo: .venv/installed
+	mlflow run . --env-manager local -e ladder -P ladder=miniature
+	mlflow run . --env-manager local -e compare -P ladder=miniature
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
