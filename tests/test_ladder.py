@@ -309,7 +309,7 @@ def test_a_trend_leaves_out_warm_up_decay_and_what_is_no_number_and_is_resumed()
 
 def test_a_standing_is_read_as_it_was_written(tmp_path: Path) -> None:
     told = Standing("a", tmp_path, "run", [Attempt(
-        ModelScale.SMALL, 2, 7, "m", 1e6, State.FAILED, "r", "f", 100, "d", "t",
+        ModelScale.SMALL, 2, 7, "m", 1e6, State.FAILED, "r", "f", 60, 100, "d", "t",
         [Horizon(20, 2000, 3.5), Horizon(100, 10000, 3.0)],
         FrozenPrediction(3.1, 3.0, 3.2, "law", ["tiny"], 8, 0.01, 0.02, -0.015), "",
         [Look(20, 3.05, -0.01)], -0.4, -0.03, Trend.INVESTIGATE, "too good", "m/1", True, 5.0,

@@ -26,7 +26,7 @@ RESULTS = "faults.jsonl"
 Plant = Callable[[Job], None]
 RATE_FACTOR = 4.0
 SHUFFLED_SHARE = 0.25
-FROZEN_BLOCK = 1
+FROZEN_BLOCK = 0
 LEAKED_ROWS = 2  # of each micro-batch
 SLOW_WARM_UP = 1.0  # of the run
 
@@ -183,8 +183,7 @@ def _outcome(standing: Standing, fault: str, seed: int) -> Outcome:
         for attempt in standing.attempts
     }
     caught = ended.state is not State.PASSED
-    reached = max((h.step for h in ended.horizons), default=0)
-    share = reached / ended.total_steps if ended.total_steps else 0.0
+    share = ended.steps / ended.total_steps if ended.total_steps else 0.0
     return Outcome(fault, seed, rungs, ended.scale.value, ended.reason if caught else "", share)
 
 

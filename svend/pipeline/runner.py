@@ -84,7 +84,7 @@ from svend.training.profiling import profiled_steps
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """How a run ended. `final_loss` is the held-out loss last measured, NaN if none was.
+    """How a run ended, behind which step. `final_loss` is the held-out loss last measured, or NaN.
 
     `error` is the user's mistake, the failed gate or the stopped trial that ended it, if one did.
     `interrupted_at_once`: by a second signal, or the end of the grace time; a save that was under
@@ -99,6 +99,7 @@ class PipelineResult:
     error: UserError | None = None
     interrupted: bool = False
     interrupted_at_once: bool = False
+    steps: int = 0
     run_id: str | None = None
     checkpoint_dir: Path | None = None
     registered: RegisteredVersion | None = None
@@ -206,6 +207,7 @@ class ScaleRunner:
             error=failure,
             interrupted=status == "KILLED",
             interrupted_at_once=signals.at_once,
+            steps=self._job.state.step if self._job else 0,
             run_id=tracked.run_id if tracked else None,
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,

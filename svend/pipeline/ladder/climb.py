@@ -15,6 +15,7 @@ from rich.console import Console
 from svend.errors import (
     DivergenceError,
     GateFailure,
+    HealthError,
     Interrupted,
     UserError,
 )
@@ -241,6 +242,7 @@ class LadderClimb:
         result = runner.run(resume=resume)
         self.verdicts += runner.validator.history
         attempt.seconds += time.monotonic() - started_seconds
+        attempt.steps = result.steps
         if result.interrupted:
             self._standing.save()
             raise Interrupted(
@@ -248,7 +250,7 @@ class LadderClimb:
             )
         if not result.success:
             attempt.reason = attempt.reason or str(result.reason)
-            if isinstance(result.error, GateFailure | DivergenceError):
+            if isinstance(result.error, GateFailure | DivergenceError | HealthError):
                 attempt.state = State.FAILED
         self._standing.save()
         return result

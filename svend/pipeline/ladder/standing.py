@@ -79,6 +79,7 @@ class Attempt:
     state: State = State.RUNNING
     run_id: str | None = None
     folder: str | None = None
+    steps: int = 0
     total_steps: int = 0
     data_fingerprint: str = ""
     tokenizer_sha256: str = ""
