@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from svend.data.stream import Batch, BatchStream, PackedSequences
-from svend.errors import Interrupted, UserError
+from svend.errors import UserError
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelScale
 from svend.pipeline.job import Job
@@ -33,13 +33,14 @@ SLOW_WARM_UP = 1.0  # of the run
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a ladder ended. share: of the faulty rung's steps that were spent until it was caught.
+    """How a ladder ended. share: of the steps of the rung it ended at that were spent by then.
 
-    caught_by: the rung's reason, "" where it passed.
+    planted_at: the rung with the fault, "" for none. caught_by: why it was stopped, or "".
     """
 
     fault: str
     seed: int
+    planted_at: str
     rungs: dict[str, dict[str, Any]]
     ended_at: str
     caught_by: str
@@ -156,20 +157,18 @@ class FaultyClimb(LadderClimb):
 def climb_with(ladder: Ladder, fault: str, seed: int) -> Outcome:
     """Climb a ladder with a fault in its last rung, or with none, and return how it ended."""
     last = ladder.scales[-1]
-    name = f"{fault}-{seed}"
+    name, planted_at = f"{fault}-{seed}", "" if fault == "none" else last.value
     folder = ladder_folder(ladder.rungs[last].checkpoint_dir, name)
     climb = (LadderClimb(ladder, name, folder) if fault == "none"
              else FaultyClimb(ladder, name, folder, last, FAULTS[fault]))
     try:
         climb.go()
     except UserError as error:
-        return Outcome(fault, seed, {}, "", f"error: {error}", 0.0)
-    except Interrupted:
-        raise
-    return _outcome(Standing.open(folder), fault, seed)
+        return Outcome(fault, seed, planted_at, {}, "", f"error: {error}", 0.0)
+    return _outcome(Standing.open(folder), fault, seed, planted_at)
 
 
-def _outcome(standing: Standing, fault: str, seed: int) -> Outcome:
+def _outcome(standing: Standing, fault: str, seed: int, planted_at: str) -> Outcome:
     ended = standing.attempts[-1]
     rungs = {
         f"{attempt.scale.value}-{attempt.number}": {
@@ -184,7 +183,8 @@ def _outcome(standing: Standing, fault: str, seed: int) -> Outcome:
     }
     caught = ended.state is not State.PASSED
     share = ended.steps / ended.total_steps if ended.total_steps else 0.0
-    return Outcome(fault, seed, rungs, ended.scale.value, ended.reason if caught else "", share)
+    reason = ended.reason if caught else ""
+    return Outcome(fault, seed, planted_at, rungs, ended.scale.value, reason, share)
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

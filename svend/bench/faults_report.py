@@ -11,8 +11,9 @@ from svend.pipeline.report import make_console
 
 
 def is_as_it_should(outcome: Outcome) -> bool:
-    """Whether a fault was caught, and a healthy ladder not stopped."""
-    return (outcome.caught_by == "") is (outcome.fault == "none")
+    """Whether a fault was caught in its own rung, and a healthy ladder not stopped."""
+    caught_at = outcome.ended_at if outcome.caught_by else ""
+    return caught_at == outcome.planted_at and not outcome.caught_by.startswith("error")
 
 
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:
