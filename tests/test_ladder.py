@@ -32,10 +32,18 @@ from svend.pipeline.ladder.standing import (
     Standing,
     State,
 )
-from svend.pipeline.ladder.trend import Bounds, EarlyWatch, Trend
+from svend.pipeline.ladder.trend import (
+    BELOW_PLAUSIBLE,
+    PREDICTION_ERROR,
+    Bounds,
+    EarlyWatch,
+    Trend,
+    prediction_gates,
+)
 from svend.pipeline.report import make_console
 from svend.pipeline.runner import PipelineResult
-from svend.planning.scaling_law import Point
+from svend.pipeline.validation import GateResult, Measurement
+from svend.planning.scaling_law import Point, Prediction, ScalingLaw
 from svend.training.loop import train_steps
 from svend.training.state import Horizon
 from svend.training.trend import LossTrend
@@ -252,22 +260,25 @@ def test_a_loss_is_judged_by_where_it_lies(error: float) -> None:
     expected = (Trend.STOP if error > 0.02 else Trend.HOLD if error > 0.01
                 else Trend.INVESTIGATE if error < -0.015 else Trend.PASS)
     assert judged is expected
-    opened = {gate.name: eval(f"{error!r} {gate.comparison} {gate.threshold!r}")
-              for gate in WIDE.gates()}
-    assert all(opened.values()) is (judged is Trend.PASS)
+    trend = load_ladder("miniature", {}, []).config.trend
+    measured = {PREDICTION_ERROR: error,
+                BELOW_PLAUSIBLE: max(0.0, WIDE.investigate_below - error)}
+    opened = [GateResult(gate, Measurement(measured[gate.metric_name])).passed
+              for gate in prediction_gates(trend, [])]
+    assert all(opened) is (judged is Trend.PASS)
 
 
 def test_a_loss_that_is_no_number_stops() -> None:
     assert WIDE.judge(math.nan) is Trend.STOP
-    assert EarlyWatch(0.015, 2).judge([math.nan, math.nan]) is Trend.STOP
+    assert EarlyWatch(0.015, -0.015, 2).judge([math.nan, math.nan]) is Trend.STOP
 
 
 @given(errors=st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=5))
 def test_a_rung_ends_early_only_where_the_last_looks_agree(errors: list[float]) -> None:
-    judged = EarlyWatch(0.015, 2).judge(errors)
+    judged = EarlyWatch(0.015, -0.03, 2).judge(errors)
     last = errors[-2:]
     too_high = len(last) == 2 and min(last) > 0.015
-    too_low = len(last) == 2 and max(last) < -0.015
+    too_low = len(last) == 2 and max(last) < -0.03
     assert judged is (Trend.STOP if too_high else Trend.INVESTIGATE if too_low else Trend.PASS)
 
 
@@ -276,9 +287,13 @@ def test_after_enough_rungs_the_bounds_are_what_leaving_one_out_shows() -> None:
     points = [Point(n, share * 20 * n, 2 + (1e6 / n) ** 0.3 * off + (share * 20) ** -0.3, f"{n}")
               for n, off in ((1e6, 1.0), (2e6, 1.1), (4e6, 0.95), (8e6, 1.1))
               for share in (0.2, 0.3, 0.5, 1.0)]
-    few = Bounds.of(trend, points[:12])
+    sure = Prediction(3.0, 2.99, 3.01, ScalingLaw(1.0, 1.0, 0.3, 1.0, 0.3, 0.0))
+    few = Bounds.of(trend, points[:12], sure)
     assert few == Bounds(trend.hold_above, trend.stop_above, trend.investigate_below)
-    assert Bounds.of(trend, points).hold_above > trend.hold_above
+    assert Bounds.of(trend, points[:12], replace(sure, low=2.7)).investigate_below == (
+        pytest.approx(-0.1))
+    assert Bounds.of(trend, points, sure).hold_above > trend.hold_above
+    assert prediction_gates(trend, points)[0].threshold == Bounds.of(trend, points, sure).hold_above
 
 
 @pytest.mark.parametrize(("losses", "falls"), [

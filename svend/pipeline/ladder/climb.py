@@ -32,7 +32,7 @@ from svend.pipeline.ladder.standing import (
     Standing,
     State,
 )
-from svend.pipeline.ladder.trend import LOSS_FALLS_GATE, Bounds, Trend
+from svend.pipeline.ladder.trend import LOSS_FALLS_GATE, Trend, prediction_gates
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
@@ -285,11 +285,9 @@ class LadderClimb:
         """Return FULL with what a rung's loss must show beside its benchmarks."""
         gates = [LOSS_FALLS_GATE]
         points = [point for below in history for point in below.points()]
-        if attempt.predicted is not None:
-            frozen = attempt.predicted
-            gates += Bounds(frozen.hold_above, frozen.stop_above, frozen.investigate_below).gates()
-        elif attempt.folder is None and why_too_few(points) is None:
-            gates += Bounds.of(self._ladder.config.trend, points).gates()
+        predictable = attempt.folder is None and why_too_few(points) is None
+        if attempt.predicted is not None or predictable:
+            gates += prediction_gates(self._ladder.config.trend, points)
         return PipelineValidator(
             strict=config.strict_validation, custom_gates=gates, gates=config.gates,
             thresholds=config.training.validation_gates,

@@ -14,6 +14,7 @@ from svend.pipeline.job import Job
 from svend.pipeline.ladder.options import TrendConfig
 from svend.pipeline.ladder.standing import Attempt, FrozenPrediction, Look, Standing, State
 from svend.pipeline.ladder.trend import (
+    BELOW_PLAUSIBLE,
     PREDICTION_ERROR,
     SLOPE_BOUND,
     Bounds,
@@ -91,7 +92,11 @@ class RungRun(NestedRun):
 
     def measurements(self) -> Mapping[str, Measurement]:
         """Return the loss against its prediction, and the slope of the training loss."""
-        measured = {PREDICTION_ERROR: self.attempt.error, SLOPE_BOUND: self.attempt.slope_bound}
+        attempt, below = self.attempt, None
+        if attempt.predicted is not None and attempt.error is not None:
+            below = max(0.0, attempt.predicted.investigate_below - attempt.error)
+        measured = {PREDICTION_ERROR: attempt.error, BELOW_PLAUSIBLE: below,
+                    SLOPE_BOUND: attempt.slope_bound}
         return {name: Measurement(value) for name, value in measured.items() if value is not None}
 
     def decided(
@@ -128,7 +133,7 @@ class RungRun(NestedRun):
         return FrozenPrediction(
             loss=found.loss, low=found.low, high=found.high, law=str(found.law),
             rungs=list(dict.fromkeys(point.rung for point in points)), points=len(points),
-            **vars(Bounds.of(self.trend, points)),
+            **vars(Bounds.of(self.trend, points, found)),
         )
 
     def _record_prediction(self, job: Job, points: Sequence[Point]) -> None:
@@ -175,7 +180,9 @@ class RungRun(NestedRun):
         self.console.print(
             f"at {share:.0%}: expected to end at {expected:.4f}, {error:+.2%} of the prediction"
         )
-        watch = EarlyWatch(self.trend.early_stop_above, self.trend.early_in_a_row)
+        watch = EarlyWatch(
+            self.trend.early_stop_above, predicted.investigate_below, self.trend.early_in_a_row
+        )
         errors = [look.error for look in attempt.looks]
         verdict = watch.judge(errors)
         if verdict is not Trend.PASS:

@@ -8,9 +8,11 @@ from enum import Enum
 
 from svend.pipeline.config import ValidationGate
 from svend.pipeline.ladder.options import TrendConfig
-from svend.planning.scaling_law import Point, left_out_error
+from svend.planning.scaling_law import Point, Prediction, left_out_error, relative_error
 
 PREDICTION_ERROR, SLOPE_BOUND = "prediction_error", "loss_slope_bound"
+# By which share of the prediction a loss lies below the lowest that is plausible.
+BELOW_PLAUSIBLE = "loss_below_plausible"
 AS_PREDICTED, NOT_TOO_GOOD, LOSS_FALLS = "loss_as_predicted", "loss_not_too_good", "loss_falls"
 
 
@@ -26,21 +28,29 @@ class Trend(Enum):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the measured loss above the predicted one, as shares of the prediction."""
+    """Of the measured loss above the predicted one, as shares of the prediction.
+
+    A loss below the prediction is looked into only where the prediction's interval rules it out
+    too: from two rungs it is uncertain by several percent, and a good loss wastes nothing.
+    """
 
     hold_above: float
     stop_above: float
     investigate_below: float
 
     @classmethod
-    def of(cls, trend: TrendConfig, points: Sequence[Point]) -> Bounds:
-        """Return the configured bounds; after enough rungs not below twice the backtest's error."""
-        bounds = cls(trend.hold_above, trend.stop_above, trend.investigate_below)
-        if len({point.rung for point in points}) < trend.backtest_after:
-            return bounds
-        twice = 2 * left_out_error(points)
-        return cls(max(bounds.hold_above, twice), max(bounds.stop_above, twice),
-                   min(bounds.investigate_below, -twice))
+    def of(cls, trend: TrendConfig, points: Sequence[Point], found: Prediction) -> Bounds:
+        """Return the configured bounds, widened by what is known of the prediction's error.
+
+        After enough rungs they are at least twice the error of leaving one out.
+        """
+        twice = 0.0
+        if len({point.rung for point in points}) >= trend.backtest_after:
+            twice = 2 * left_out_error(points)
+        return cls(
+            max(trend.hold_above, twice), max(trend.stop_above, twice),
+            min(trend.investigate_below, -twice, relative_error(found.low, found.loss)),
+        )
 
     def judge(self, error: float) -> Trend:
         """Return what becomes of a rung whose loss lies so far above its prediction."""
@@ -50,19 +60,22 @@ class Bounds:
             return Trend.HOLD
         return Trend.INVESTIGATE if error < self.investigate_below else Trend.PASS
 
-    def gates(self) -> list[ValidationGate]:
-        """Return the gates of FULL that only PASS opens."""
-        return [
-            ValidationGate(
-                name=AS_PREDICTED, metric_name=PREDICTION_ERROR, comparison="<=",
-                threshold=self.hold_above, description="the loss is not above the one predicted",
-            ),
-            ValidationGate(
-                name=NOT_TOO_GOOD, metric_name=PREDICTION_ERROR, comparison=">=",
-                threshold=self.investigate_below,
-                description="nor so far below it that evaluation data must have leaked",
-            ),
-        ]
+
+def prediction_gates(trend: TrendConfig, points: Sequence[Point]) -> list[ValidationGate]:
+    """Return the gates of FULL that a rung's loss opens only where it is judged PASS."""
+    hold_above = trend.hold_above
+    if len({point.rung for point in points}) >= trend.backtest_after:
+        hold_above = max(hold_above, 2 * left_out_error(points))
+    return [
+        ValidationGate(
+            name=AS_PREDICTED, metric_name=PREDICTION_ERROR, comparison="<=",
+            threshold=hold_above, description="the loss is not above the one predicted",
+        ),
+        ValidationGate(
+            name=NOT_TOO_GOOD, metric_name=BELOW_PLAUSIBLE, comparison="<=", threshold=0.0,
+            description="nor so far below it that evaluation data must have leaked",
+        ),
+    ]
 
 
 LOSS_FALLS_GATE = ValidationGate(
@@ -74,8 +87,9 @@ LOSS_FALLS_GATE = ValidationGate(
 class EarlyWatch:
     """Ends a rung whose expected end lies outside the bounds at several horizons in a row."""
 
-    def __init__(self, bound: float, in_a_row: int) -> None:
-        self._bound = bound
+    def __init__(self, above: float, below: float, in_a_row: int) -> None:
+        self._above = above
+        self._below = below
         self._in_a_row = in_a_row
 
     def judge(self, errors: Sequence[float]) -> Trend:
@@ -84,8 +98,8 @@ class EarlyWatch:
         errors: of the end expected at each horizon so far, against the prediction.
         """
         last = errors[-self._in_a_row :]
-        if len(last) == self._in_a_row and all(not error <= self._bound for error in last):
+        if len(last) == self._in_a_row and all(not error <= self._above for error in last):
             return Trend.STOP
-        if len(last) == self._in_a_row and all(error < -self._bound for error in last):
+        if len(last) == self._in_a_row and all(error < self._below for error in last):
             return Trend.INVESTIGATE
         return Trend.PASS
