@@ -61,6 +61,7 @@ MICRO = {
 }
 WIDE = Bounds(0.01, 0.02, -0.015)
 AS_IT_STANDS = Wish()
+TREND = load_ladder("miniature", {}, []).config.trend
 
 
 def micro_ladder(folder: Path, **changes: str) -> Ladder:
@@ -210,13 +211,13 @@ def test_a_rung_on_other_data_than_the_one_below_is_refused(climbed: Climbed) ->
 def test_a_rung_that_fails_stays_failed_until_it_is_retried_or_overridden(
     climbed: Climbed, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strict = {"ladder__end": "large", "ladder__trend__investigate_below": "-1e-9",
-              "ladder__trend__hold_above": "1e-9", "ladder__trend__stop_above": "1e-9"}
+    strict = {"ladder__end": "large",
+              "training__validation_gates": "{loss_falls: -99}"}
     results = climb(climbed.folder, **strict)
     assert [result.success for result in results] == [False]
     attempt = standing(climbed.folder).newest(ModelScale.LARGE)
     assert attempt is not None and attempt.state is State.FAILED
-    assert "prediction_error" in attempt.reason
+    assert "loss_falls" in attempt.reason
     run = MlflowClient().get_run(str(results[0].run_id))
     assert run.info.status == "FAILED"
     parent = MlflowClient().get_run(standing(climbed.folder).run_id)
@@ -260,11 +261,10 @@ def test_a_loss_is_judged_by_where_it_lies(error: float) -> None:
     expected = (Trend.STOP if error > 0.02 else Trend.HOLD if error > 0.01
                 else Trend.INVESTIGATE if error < -0.015 else Trend.PASS)
     assert judged is expected
-    trend = load_ladder("miniature", {}, []).config.trend
     measured = {PREDICTION_ERROR: error,
                 BELOW_PLAUSIBLE: max(0.0, WIDE.investigate_below - error)}
     opened = [GateResult(gate, Measurement(measured[gate.metric_name])).passed
-              for gate in prediction_gates(trend, [])]
+              for gate in prediction_gates(TREND, [])]
     assert all(opened) is (judged is Trend.PASS)
 
 
@@ -283,17 +283,16 @@ def test_a_rung_ends_early_only_where_the_last_looks_agree(errors: list[float]) 
 
 
 def test_after_enough_rungs_the_bounds_are_what_leaving_one_out_shows() -> None:
-    trend = load_ladder("miniature", {}, []).config.trend
     points = [Point(n, share * 20 * n, 2 + (1e6 / n) ** 0.3 * off + (share * 20) ** -0.3, f"{n}")
               for n, off in ((1e6, 1.0), (2e6, 1.1), (4e6, 0.95), (8e6, 1.1))
               for share in (0.2, 0.3, 0.5, 1.0)]
     sure = Prediction(3.0, 2.99, 3.01, ScalingLaw(1.0, 1.0, 0.3, 1.0, 0.3, 0.0))
-    few = Bounds.of(trend, points[:12], sure)
-    assert few == Bounds(trend.hold_above, trend.stop_above, trend.investigate_below)
-    assert Bounds.of(trend, points[:12], replace(sure, low=2.7)).investigate_below == (
+    few = Bounds.of(TREND, points[:12], sure)
+    assert few == Bounds(TREND.hold_above, TREND.stop_above, TREND.investigate_below)
+    assert Bounds.of(TREND, points[:12], replace(sure, low=2.7)).investigate_below == (
         pytest.approx(-0.1))
-    assert Bounds.of(trend, points, sure).hold_above > trend.hold_above
-    assert prediction_gates(trend, points)[0].threshold == Bounds.of(trend, points, sure).hold_above
+    assert Bounds.of(TREND, points, sure).hold_above > TREND.hold_above
+    assert prediction_gates(TREND, points)[0].threshold == Bounds.of(TREND, points, sure).hold_above
 
 
 @pytest.mark.parametrize(("losses", "falls"), [
