@@ -71,6 +71,7 @@ from svend.pipeline.validation import (
     GateLevel,
     Measurement,
     PipelineValidator,
+    ValidationGate,
     ValidationResult,
 )
 from svend.tracking.ledger import told_by_the_store
@@ -116,8 +117,8 @@ class ScaleRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
     model_factory: builds the model of a scale in place of ReasoningTransformer. nested: what a
-    sweep or a ladder wants of the run. owns_process: whether it may end the process, at the end of
-    the grace time after a signal.
+    sweep or a ladder wants of the run. custom_gates: decided at FULL, beside the built-in ones.
+    owns_process: whether it may end the process, at the end of the grace time after a signal.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class ScaleRunner:
         model_factory: ModelFactory | None = None,
         nested: NestedRun | None = None,
         *,
+        custom_gates: Iterable[ValidationGate] = (),
         owns_process: bool = False,
     ) -> None:
         self.config = config
@@ -134,6 +136,7 @@ class ScaleRunner:
         self.owns_process = owns_process
         self.validator = PipelineValidator(
             strict=config.strict_validation,
+            custom_gates=custom_gates,
             gates=config.gates,
             thresholds=config.training.validation_gates,
         )

@@ -37,7 +37,7 @@ from svend.pipeline.nested import NestedRun
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
-from svend.pipeline.validation import PipelineValidator, ValidationResult
+from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
 from svend.tracking.registry import acting_user
@@ -231,9 +231,9 @@ class LadderClimb:
         history = self._history(attempt)
         runner = ScaleRunner(
             config, self._means.model_factory,
-            self._rung_run(attempt, history, config), owns_process=self._means.owns_process,
+            self._rung_run(attempt, history, config),
+            custom_gates=self._gates(attempt, history), owns_process=self._means.owns_process,
         )
-        runner.validator = self._validator(config, attempt, history)
         if not resume and not runner.validate_infrastructure():
             raise UserError(f"rung {attempt.scale.value}: cannot be trained here; mend the lines "
                             "marked FAIL, and run the ladder again")
@@ -279,19 +279,13 @@ class LadderClimb:
             trend=self._ladder.config.trend, console=self._console,
         )
 
-    def _validator(
-        self, config: PipelineConfig, attempt: Attempt, history: Sequence[Attempt]
-    ) -> PipelineValidator:
-        """Return FULL with what a rung's loss must show beside its benchmarks."""
-        gates = [LOSS_FALLS_GATE]
+    def _gates(self, attempt: Attempt, history: Sequence[Attempt]) -> list[ValidationGate]:
+        """Return what a rung's loss must show for FULL, beside its benchmarks."""
         points = [point for below in history for point in below.points()]
         predictable = attempt.folder is None and why_too_few(points) is None
-        if attempt.predicted is not None or predictable:
-            gates += prediction_gates(self._ladder.config.trend, points)
-        return PipelineValidator(
-            strict=config.strict_validation, custom_gates=gates, gates=config.gates,
-            thresholds=config.training.validation_gates,
-        )
+        if attempt.predicted is None and not predictable:
+            return [LOSS_FALLS_GATE]
+        return [LOSS_FALLS_GATE, *prediction_gates(self._ladder.config.trend, points)]
 
     def _stress(self, attempt: Attempt, config: PipelineConfig) -> None:
         """Train for a little while at a multiple of the rate, which brings out what is unstable.
