@@ -76,7 +76,7 @@ def logged(result: PipelineResult, metric: str) -> dict[int, float]:
     return {point.step: point.value for point in history}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_with_horizons_ends_as_one_without(bench: Bench, optimizer: str) -> None:
     plain = bench.train(f"plain-{optimizer}", training__optimizer=optimizer)
     branched = bench.train(f"branched-{optimizer}", training__optimizer=optimizer,
@@ -87,6 +87,7 @@ def test_a_run_with_horizons_ends_as_one_without(bench: Bench, optimizer: str) -
     assert logged(branched, "horizon/tokens") == {s: s * 4 * 128.0 for s in (12, 20, 40)}
 
 
+@pytest.mark.slow
 def test_a_horizon_is_what_the_shorter_run_reaches(bench: Bench) -> None:
     branched = bench.train("long", training__horizons="[0.5]")
     # The same four steps of warm-up, and five of decay.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +51,7 @@ from svend.planning.scaling_law import Point, Prediction, ScalingLaw
 from svend.training.loop import train_steps
 from svend.training.state import Horizon
 from svend.training.trend import LossTrend
+from tests.conftest import Workplace
 from tests.refusals import refusal_of
 from tests.registry import store
 
@@ -199,6 +204,7 @@ def test_a_start_above_what_the_registry_has_is_refused(climbed: Climbed) -> Non
         find_below(ladder.below, other)
 
 
+@pytest.mark.slow
 def test_a_rung_on_other_data_than_the_one_below_is_refused(climbed: Climbed) -> None:
     before = (climbed.folder / "ladder" / LADDER_FILE).read_text()
     climb(climbed.folder, ladder__end="large", data__num_samples="160")
@@ -208,6 +214,7 @@ def test_a_rung_on_other_data_than_the_one_below_is_refused(climbed: Climbed) ->
     (climbed.folder / "ladder" / LADDER_FILE).write_text(before)
 
 
+@pytest.mark.slow
 def test_a_rung_that_fails_stays_failed_until_it_is_retried_or_overridden(
     climbed: Climbed, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +260,40 @@ def test_a_plan_says_what_each_rung_will_cost_and_lose(climbed: Climbed) -> None
     assert all(plan.fits and plan.seconds is not None and plan.measured for plan in plans)
     assert all("(" in plan.predicted for plan in plans)
     assert plan_rungs(ladder, history[:1])[3].predicted == "known after the rungs below"
+
+
+@pytest.mark.slow
+def test_a_ladder_that_is_killed_goes_on_at_its_rung_and_step(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    settings = {**MICRO, "checkpoint_dir": str(workplace.checkpoints), "training.max_steps": "150",
+                "training.save_steps": "30", "data.cache_dir": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "svend", "ladder", "--ladder", "miniature",
+               *(word for key, value in settings.items() for word in (f"--{key}", value))]
+    whole = workplace.run([*command, "--name", "whole"])
+    assert whole.returncode == 0, whole.stdout
+    place = workplace.checkpoints / "ladders" / "cut"
+    kills = 0
+    while kills < 3:
+        process = workplace.start([*command, "--name", "cut"])
+        # At a checkpoint of the second rung, at its first horizon, and soon after a start.
+        waits_for = (place / "small-1" / "svend" / "step_00000060", place / "small-1" / "svend"
+                     / "step_00000090", place / "medium-1" / "svend")[kills]
+        while not waits_for.exists():
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    resumed = workplace.run([*command, "--name", "cut"])
+    assert resumed.returncode == 0, resumed.stdout
+    one, other = (Standing.open(workplace.checkpoints / "ladders" / name).attempts
+                  for name in ("whole", "cut"))
+    assert [a.scale.value for a in other] == ["tiny", "small", "medium"]
+    for a, b in zip(one, other, strict=True):
+        assert (a.horizons, a.looks, a.predicted, a.error) == (
+            b.horizons, b.looks, b.predicted, b.error)
+        assert a.state is b.state is State.PASSED
 
 
 @given(error=st.floats(-1, 1))
@@ -322,7 +363,7 @@ def test_a_trend_leaves_out_warm_up_decay_and_what_is_no_number_and_is_resumed()
 
 
 def test_a_standing_is_read_as_it_was_written(tmp_path: Path) -> None:
-    told = Standing("a", tmp_path, "run", [Attempt(
+    told = Standing("a", tmp_path, "run", "e", [Attempt(
         ModelScale.SMALL, 2, 7, "m", 1e6, State.FAILED, "r", "f", 60, 100, "d", "t",
         [Horizon(20, 2000, 3.5), Horizon(100, 10000, 3.0)],
         FrozenPrediction(3.1, 3.0, 3.2, "law", ["tiny"], 8, 0.01, 0.02, -0.015), "",

@@ -42,7 +42,7 @@ from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
 from svend.tracking.registry import acting_user
 from svend.tracking.run import TrackedRun
-from svend.tracking.runs import end_abandoned, joined_experiment_name
+from svend.tracking.runs import end_abandoned, experiment_of
 from svend.tracking.spool import ADDRESS, SPOOL
 
 NAME_TAG = "svend.ladder.name"
@@ -161,11 +161,11 @@ class LadderClimb:
             say(self._console, line)
 
         if (spool / ADDRESS).is_file():
-            self._experiment = self._ladder.experiment
             tracked = TrackedRun.resume_spooled(spool, notify)
         else:
-            self._experiment = joined_experiment_name() or self._ladder.experiment
-            tracked = TrackedRun.begin(self._experiment, self._name)
+            tracked = TrackedRun.begin(self._ladder.experiment, self._name)
+            # `mlflow run` may have chosen another: a run below is shown there in its own alone.
+            self._standing.experiment = experiment_of(tracked.run_id)
             tracked.spool_to(spool, notify)
         self._standing.run_id = tracked.run_id
         self._standing.save()
@@ -224,8 +224,10 @@ class LadderClimb:
         """Run an attempt from the infrastructure's check to its verdict, or go on with it."""
         config = attempt_config(
             self._ladder, attempt.scale, attempt.seed,
-            str(self._folder / f"{attempt.scale.value}-{attempt.number}"), self._experiment,
+            str(self._folder / f"{attempt.scale.value}-{attempt.number}"),
+            self._standing.experiment,
         )
+        attempt.reason = ""
         started_seconds = time.monotonic()
         resume = _is_begun(config)
         history = self._history(attempt)

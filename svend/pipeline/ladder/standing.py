@@ -127,6 +127,7 @@ class Standing:
     name: str
     path: Path
     run_id: str = ""
+    experiment: str = ""
     attempts: list[Attempt] = field(default_factory=list)
 
     @classmethod
@@ -135,7 +136,8 @@ class Standing:
         try:
             told = json.loads((path / LADDER_FILE).read_text(encoding="utf-8"))
             attempts = [_attempt(entry) for entry in told["attempts"]]
-            return cls(str(told["name"]), path, str(told["run_id"]), attempts)
+            return cls(str(told["name"]), path, str(told["run_id"]), str(told["experiment"]),
+                       attempts)
         except FileNotFoundError:
             raise UserError(f"{path}: there is no ladder; see `svend ladder --help`") from None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -145,7 +147,7 @@ class Standing:
 
     def save(self) -> None:
         """Write the file, whole, to the disk."""
-        told = {"name": self.name, "run_id": self.run_id,
+        told = {"name": self.name, "run_id": self.run_id, "experiment": self.experiment,
                 "attempts": [to_tree(attempt) for attempt in self.attempts]}
         write_whole(self.path / LADDER_FILE, json.dumps(told, indent=1))
 
