@@ -8,6 +8,7 @@ import enum
 import functools
 import io
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +68,14 @@ def merge_trees(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def set_at(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return `tree` with the value at the path, in place of all that is there."""
+    first, *rest = path
+    below = tree.get(first)
+    inner = set_at(below if isinstance(below, dict) else {}, rest, value) if rest else value
+    return {**tree, first: inner}
 
 
 def build(schema: type[T], tree: dict[str, Any], *, prefix: str = "") -> T:

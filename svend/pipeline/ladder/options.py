@@ -21,7 +21,7 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.groups import read_group
 from svend.pipeline.loading import full_key
-from svend.pipeline.schema import build, flatten, parse_value, to_tree
+from svend.pipeline.schema import build, flatten, parse_value, set_at, to_tree
 
 PREFIX = "ladder."
 ORDER = list(ModelScale)
@@ -147,7 +147,7 @@ def load_ladder(
     of_rungs = []
     for key, text in overrides:
         if key.startswith(PREFIX):
-            tree = _set(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
+            tree = set_at(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
         else:
             of_rungs.append((full_key(key), text))
     settings = {scale: _settings(tree, scale) for scale in ORDER}
@@ -294,14 +294,6 @@ def _path(key: str) -> list[str]:
     if parts[0] == "rungs" and len(parts) > 2:
         return ["rungs", parts[1], ".".join(parts[2:])]
     return parts
-
-
-def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """Return `tree` with the value at the path, in place of all that is there."""
-    first, *rest = path
-    below = tree.get(first)
-    inner = _set(below if isinstance(below, dict) else {}, rest, value) if rest else value
-    return {**tree, first: inner}
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:

@@ -14,7 +14,7 @@ from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
 from svend.pipeline.loading import MAY_CHANGE, full_key, value_at
-from svend.pipeline.schema import build, parse_value, to_tree
+from svend.pipeline.schema import build, parse_value, set_at, to_tree
 
 Value = float | int | str | bool | None
 Settings = dict[str, Any]
@@ -230,7 +230,7 @@ def load_sweep(
     of_trials = []
     for key, text in overrides:
         if key.startswith(PREFIX):
-            tree = _set(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
+            tree = set_at(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
         else:
             of_trials.append((full_key(key), text))
     for key, text in of_trials:
@@ -316,14 +316,6 @@ def _path(key: str) -> list[str]:
         if key.startswith(f"{whole}."):
             return [*whole.split("."), key.removeprefix(f"{whole}.")]
     return key.split(".")
-
-
-def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """Return `tree` with the value at the path, in place of all that is there."""
-    first, *rest = path
-    below = tree.get(first)
-    inner = _set(below if isinstance(below, dict) else {}, rest, value) if rest else value
-    return {**tree, first: inner}
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
