@@ -296,6 +296,29 @@ def test_a_ladder_that_is_killed_goes_on_at_its_rung_and_step(
         assert a.state is b.state is State.PASSED
 
 
+@pytest.mark.slow
+def test_a_stress_run_comes_before_the_rung_and_warns_or_stops_where_it_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with store(tmp_path):
+        climb(tmp_path, ladder__end="tiny", ladder__stress__steps="10")
+        attempt = standing(tmp_path).newest(ModelScale.TINY)
+        assert attempt is not None and attempt.stressed and attempt.state is State.PASSED
+        runs = MlflowClient().search_runs(["1"], "tags.`svend.ladder.stress` = 'true'")
+        assert [run.info.run_name for run in runs] == ["tiny-stress"]
+        assert float(runs[0].data.params["config.training.learning_rate"]) == pytest.approx(0.04)
+        assert runs[0].data.tags["mlflow.parentRunId"] == standing(tmp_path).run_id
+
+        too_high = {"ladder__end": "tiny", "ladder__stress__steps": "10",
+                    "ladder__stress__rate_factor": "1e5"}
+        ladder = micro_ladder(tmp_path, **too_high)
+        LadderClimb(ladder, "warns", tmp_path / "warns").go()
+        assert "stress run failed" in capsys.readouterr().out
+        ladder = micro_ladder(tmp_path, ladder__stress__action="fail", **too_high)
+        with pytest.raises(UserError, match="rung tiny: stress run failed"):
+            LadderClimb(ladder, "stops", tmp_path / "stops").go()
+
+
 @given(error=st.floats(-1, 1))
 def test_a_loss_is_judged_by_where_it_lies(error: float) -> None:
     judged = WIDE.judge(error)

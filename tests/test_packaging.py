@@ -125,7 +125,7 @@ def test_every_group_member_is_offered_and_nothing_else() -> None:
         found = sorted(member for kind, member in MEMBERS if kind == group)
         assert sorted(group_members(group)) == found
     folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "sweep"}  # the last is a sweep's, and no run's
+    assert folders == {*GROUPS, "sweep", "ladder"}  # the last two are no run's
 
 
 def test_every_key_of_the_default_file_is_a_key_of_the_schema() -> None:

@@ -11,7 +11,7 @@ from svend.errors import ConfigError
 from svend.pipeline.schema import merge_trees, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = ("scale", "data", "gates", "preset")  # of a run; conf/sweep/ is a sweep's
+GROUPS = ("scale", "data", "gates", "preset")  # of a run; sweeps and ladders have their own
 
 
 class ModelScale(Enum):

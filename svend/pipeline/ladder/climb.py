@@ -72,8 +72,8 @@ class Wish:
 class LadderClimb:
     """A ladder that is being climbed, by this process alone.
 
-    `go` returns how each rung of this call ended; the last may have failed. Raises UserError for
-    what the user can mend, and Interrupted, with everything kept, after a signal.
+    The last rung of what `go` returns may have failed. It raises UserError for what the user can
+    mend, and Interrupted, with everything kept, after a signal.
     """
 
     def __init__(self, ladder: Ladder, name: str, folder: Path, means: Means = Means()) -> None:
@@ -86,6 +86,7 @@ class LadderClimb:
         self.verdicts: list[ValidationResult] = []  # of all rungs of this call
 
     def go(self, wish: Wish = Wish()) -> list[PipelineResult]:
+        """Climb, or go on; return how each rung of this call ended."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._standing = (
             Standing.open(self._folder) if (self._folder / LADDER_FILE).exists()

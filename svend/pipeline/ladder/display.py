@@ -138,7 +138,8 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
             "" if loss is None else f"{loss:.4f}",
             "" if predicted is None else f"{predicted.loss:.4f}",
             "" if attempt.error is None else f"{attempt.error:+.2%}",
-            attempt.trend.value, attempt.version or "", format_seconds(attempt.seconds),
+            attempt.trend.value, (attempt.version or "").rpartition("/")[2],
+            format_seconds(attempt.seconds),
         )
     for scale in () if ladder is None else ladder.scales:
         if standing.newest(scale) is None:

@@ -109,7 +109,9 @@ class RungRun(NestedRun):
         attempt.state = State.PASSED if passed else State.FAILED
         attempt.version = None if registered is None else f"{registered.name}/{registered.version}"
         if verdict is not None and not verdict.passed:
-            attempt.reason = "; ".join(verdict.failures)
+            failures = "; ".join(verdict.failures)
+            judged = attempt.trend not in (Trend.PASS, Trend.UNPREDICTED)
+            attempt.reason = f"{attempt.trend.value}: {failures}" if judged else failures
         job.tracked.set_tags({VERDICT_TAG: attempt.trend.value})
         self.standing.save()
 
