@@ -283,7 +283,7 @@ def test_a_ladder_that_is_killed_goes_on_at_its_rung_and_step(
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         kills += 1
     resumed = workplace.run([*command, "--name", "cut"])
     assert resumed.returncode == 0, resumed.stdout

@@ -24,7 +24,7 @@ from svend.pipeline.job import ModelFactory, planned_model
 from svend.pipeline.ladder.below import PARENT_SCALE, find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
-from svend.pipeline.ladder.rung import LADDER_TAG, RUNG_TAG, RungRun
+from svend.pipeline.ladder.rung import LADDER_TAG, RUNG_TAG, RungRun, StressRun
 from svend.pipeline.ladder.standing import (
     LADDER_FILE,
     Attempt,
@@ -33,7 +33,6 @@ from svend.pipeline.ladder.standing import (
     State,
 )
 from svend.pipeline.ladder.trend import LOSS_FALLS_GATE, Trend, prediction_gates
-from svend.pipeline.nested import NestedRun
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
@@ -307,7 +306,7 @@ class LadderClimb:
                           checkpoint_dir=f"{config.checkpoint_dir}-stress")
         self._console.print(f"stress: {stress.steps} steps at {stress.rate_factor:g} times the "
                             "learning rate")
-        result = ScaleRunner(at_rate, self._means.model_factory, NestedRun(
+        result = ScaleRunner(at_rate, self._means.model_factory, StressRun(
             parent_run_id=self._tracked.run_id, name=f"{attempt.scale.value}-stress",
             registers=False, tags={LADDER_TAG: self._name, "svend.ladder.stress": "true"},
         ), owns_process=self._means.owns_process).run(resume=_is_begun(at_rate))

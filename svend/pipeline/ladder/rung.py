@@ -217,3 +217,18 @@ class RungRun(NestedRun):
         self.console.print(
             f"end: {loss:.4f}, {error:+.2%} of the prediction{seeds}: {attempt.trend.value}"
         )
+
+
+@dataclass(kw_only=True)
+class StressRun(NestedRun):
+    """A short run at a high rate, which fails where steps are skipped or nothing is learnt."""
+
+    def reached(self, job: Job, horizon: Horizon) -> None:
+        skipped = int(job.state.guard.skipped_steps)
+        # Not known of a run that was gone on with: then the skipped steps alone tell.
+        worse = math.isfinite(job.first_loss) and not horizon.loss < job.first_loss
+        if skipped or worse:
+            raise GateFailure(
+                f"{skipped} of {horizon.step} steps skipped, held-out loss {job.first_loss:.4f} at "
+                f"the start and {horizon.loss:.4f} at the end"
+            )
