@@ -22,11 +22,13 @@ from svend.planning.scaling_law import Point, predict, why_too_few
 
 # A rung whose micro-batch is estimated to take longer is not timed but reckoned from the others.
 LONGEST_PROBE_SECONDS = 20.0
+# Of the peak of matrix products, where no rung below could be timed.
+ASSUMED_UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
 class RungPlan:
-    """A rung's figures before it is trained; seconds None where nothing could be measured."""
+    """A rung's figures before it is trained; seconds None where the data decide its length."""
 
     scale: ModelScale
     model: str
@@ -70,16 +72,15 @@ def _plan_rung(
         peak = _peak(training.precision, device)
         micro_flops = size.flops_per_token * size.tokens_per_step
         micro_flops //= training.gradient_accumulation_steps
-        share = utilisation or 0.3
+        share = utilisation or ASSUMED_UTILISATION
         if memory.total <= available and micro_flops / (share * peak) < LONGEST_PROBE_SECONDS:
             micro_seconds, update_seconds = measure_micro_batch_seconds(model, training, device)
             step_seconds = (training.gradient_accumulation_steps * micro_seconds + update_seconds)
             utilisation = size.flops_per_token * size.tokens_per_step / step_seconds / peak
             measured = True
-        if utilisation is not None:
-            branches = sum(b.end - b.start for b in training.branches(size.total_steps))
-            flops = size.flops * (1 + branches / size.total_steps)
-            seconds = flops / (utilisation * peak)
+        branches = sum(b.end - b.start for b in training.branches(size.total_steps))
+        flops = size.flops * (1 + branches / size.total_steps)
+        seconds = flops / ((utilisation or ASSUMED_UTILISATION) * peak)
     predicted = "known after the rungs below"
     if size is not None and why_too_few(points) is None:
         found = predict(points, float(model.num_matrix_parameters()), float(size.tokens))
@@ -118,7 +119,8 @@ def show_plan(console: Console, ladder: Ladder, name: str, plans: Sequence[RungP
     console.print(table)
     console.print(
         f"together {format_seconds(total)}; branches to the horizons are counted, evaluations are "
-        "not; 'about': reckoned from the share of the peak that the rung below reaches",
+        "not; 'about': reckoned from the share of the peak that the rung below reaches, or from "
+        f"{ASSUMED_UTILISATION:.0%} of it where none was timed",
         soft_wrap=True,
     )
 
