@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from svend.errors import UserError
 from svend.pipeline import branches
-from svend.pipeline.config import Branch, TrainingConfig, load_config
+from svend.pipeline.config import Branch, load_config
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.training.loop import train_steps
 from svend.training.schedules import learning_rate_factor
@@ -127,4 +127,3 @@ def test_a_branch_decays_as_the_schedule_of_its_length_does() -> None:
     rates = [learning_rate_factor(step, 100, training, end=50) for step in range(50)]
     assert rates[10:38] == [1.0] * 28
     assert rates[38:] == sorted(rates[38:], reverse=True) and rates[39] < 1
-    assert isinstance(training, TrainingConfig)

@@ -35,16 +35,19 @@ from svend.pipeline.ladder.standing import (
     Override,
     Standing,
     State,
+    ladder_folder,
 )
 from svend.pipeline.ladder.trend import (
     BELOW_PLAUSIBLE,
     PREDICTION_ERROR,
     Bounds,
-    EarlyWatch,
     Trend,
+    backtest_bound,
+    judge_early,
     prediction_gates,
 )
 from svend.pipeline.report import make_console
+from svend.pipeline.run_folder import folder_name
 from svend.pipeline.runner import PipelineResult
 from svend.pipeline.validation import GateResult, Measurement
 from svend.planning.scaling_law import Point, Prediction, ScalingLaw
@@ -328,18 +331,24 @@ def test_a_loss_is_judged_by_where_it_lies(error: float) -> None:
     measured = {PREDICTION_ERROR: error,
                 BELOW_PLAUSIBLE: max(0.0, WIDE.investigate_below - error)}
     opened = [GateResult(gate, Measurement(measured[gate.metric_name])).passed
-              for gate in prediction_gates(TREND, [])]
+              for gate in prediction_gates(WIDE.hold_above)]
     assert all(opened) is (judged is Trend.PASS)
+
+
+@given(experiment=st.text(max_size=20))
+def test_every_experiment_gives_its_ladder_a_folder(experiment: str) -> None:
+    folder = ladder_folder("checkpoints", folder_name(experiment))
+    assert folder.parent == Path("checkpoints/ladders")
 
 
 def test_a_loss_that_is_no_number_stops() -> None:
     assert WIDE.judge(math.nan) is Trend.STOP
-    assert EarlyWatch(0.015, -0.015, 2).judge([math.nan, math.nan]) is Trend.STOP
+    assert judge_early([math.nan, math.nan], 0.015, -0.015, 2) is Trend.STOP
 
 
 @given(errors=st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=5))
 def test_a_rung_ends_early_only_where_the_last_looks_agree(errors: list[float]) -> None:
-    judged = EarlyWatch(0.015, -0.03, 2).judge(errors)
+    judged = judge_early(errors, 0.015, -0.03, 2)
     last = errors[-2:]
     too_high = len(last) == 2 and min(last) > 0.015
     too_low = len(last) == 2 and max(last) < -0.03
@@ -356,7 +365,8 @@ def test_after_enough_rungs_the_bounds_are_what_leaving_one_out_shows() -> None:
     assert Bounds.of(TREND, points[:12], replace(sure, low=2.7)).investigate_below == (
         pytest.approx(-0.1))
     assert Bounds.of(TREND, points, sure).hold_above > TREND.hold_above
-    assert prediction_gates(TREND, points)[0].threshold == Bounds.of(TREND, points, sure).hold_above
+    assert backtest_bound(TREND, points) == Bounds.of(TREND, points, sure).hold_above
+    assert backtest_bound(TREND, points[:12]) == 0.0
 
 
 @pytest.mark.parametrize(("losses", "falls"), [
@@ -442,6 +452,7 @@ def test_rungs_have_the_steps_that_their_tokens_take_and_the_same_data() -> None
     (["--training.schedule", "cosine"], "must be empty unless training.schedule is wsd"),
     (["--training.bogus", "1"], "unknown key training.bogus"),
     (["--dry-run", "maybe"], "dry_run = maybe: must be true or false"),
+    (["--retry", "maybe"], "retry = maybe: must be true or false"),
     (["--override", " "], "override: give the reason"),
     (["--name", "../x"], "name = ../x: must be one that a folder can have"),
     (["status"], "there is no ladder"),

@@ -16,10 +16,11 @@ import torch
 from svend.data.stream import Batch, BatchStream, PackedSequences
 from svend.errors import UserError
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.config import ModelScale
+from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.job import Job
 from svend.pipeline.ladder.climb import LadderClimb
 from svend.pipeline.ladder.options import Ladder
+from svend.pipeline.ladder.rung import RungRun
 from svend.pipeline.ladder.standing import Attempt, Standing, State, ladder_folder
 
 RESULTS = "faults.jsonl"
@@ -131,6 +132,17 @@ FAULTS: Mapping[str, Plant] = {
 }
 
 
+@dataclass(kw_only=True)
+class _FaultyRung(RungRun):
+    """A rung whose state has a fault from before its first step on."""
+
+    plant: Plant
+
+    def prepared(self, job: Job) -> None:
+        super().prepared(job)
+        self.plant(job)
+
+
 class FaultyClimb(LadderClimb):
     """A climb whose rung of one scale has a fault."""
 
@@ -140,18 +152,13 @@ class FaultyClimb(LadderClimb):
         self._scale = scale
         self._plant = plant
 
-    def _rung_run(self, attempt: Attempt, *others: Any) -> Any:
-        rung = super()._rung_run(attempt, *others)
+    def _rung_run(
+        self, attempt: Attempt, history: Sequence[Attempt], config: PipelineConfig
+    ) -> RungRun:
+        rung = super()._rung_run(attempt, history, config)
         if attempt.scale is not self._scale:
             return rung
-        prepared = rung.prepared
-
-        def prepare(job: Job) -> None:
-            prepared(job)
-            self._plant(job)
-
-        rung.prepared = prepare  # type: ignore[method-assign]
-        return rung
+        return _FaultyRung(**vars(rung), plant=self._plant)
 
 
 def climb_with(ladder: Ladder, fault: str, seed: int) -> Outcome:

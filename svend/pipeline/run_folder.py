@@ -256,8 +256,13 @@ def _has_checkpoint(path: Path) -> bool:
     return any(path.glob("step_*")) or any(path.glob(".replaced-step_*"))
 
 
+def folder_name(experiment: str) -> str:
+    """Return what a folder that is named after an experiment is called."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip(".-") or "run"
+
+
 def _path(checkpoint_dir: str, experiment: str, number: int) -> Path:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip(".-") or "run"
+    name = folder_name(experiment)
     return Path(checkpoint_dir).expanduser() / (name if number == 1 else f"{name}-{number}")
 
 

@@ -28,18 +28,18 @@ def find_below(below: PipelineConfig, first: PipelineConfig) -> list[Attempt]:
     assert below.model is not None  # resolved
     scale, name = below.training.model_scale, below.model.name
     level = GateLevel.FULL.value
-    missing = UserError(
+    missing = (
         f"rung {first.training.model_scale.value}: the registry has no version of {name}, the rung "
         f"below ({scale.value}), that passed {level.upper()}; climb from {scale.value}, or have "
         f"a version promoted with `svend promote --model {name} --to {level}`"
     )
     try:
         version = aliases_of(name).get(level)
-    except TrackingError:
-        raise missing from None
+    except TrackingError as error:
+        raise UserError(f"{missing} ({error})") from None
     tags = None if version is None else tags_of_version(name, version)
     if tags is None or "svend.run_id" not in tags:
-        raise missing
+        raise UserError(missing)
     found: list[Attempt] = []
     run_id: str | None = tags["svend.run_id"]
     config = first

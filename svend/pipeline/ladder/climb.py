@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,13 +31,19 @@ from svend.pipeline.ladder.standing import (
     Standing,
     State,
 )
-from svend.pipeline.ladder.trend import LOSS_FALLS_GATE, Trend, prediction_gates
+from svend.pipeline.ladder.trend import (
+    LOSS_FALLS_GATE,
+    Trend,
+    backtest_bound,
+    prediction_gates,
+)
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
+from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import acting_user
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import end_abandoned, experiment_of
@@ -176,13 +181,14 @@ class LadderClimb:
         return tracked
 
     def _climb(self) -> None:
-        self._record()
+        for climbed in self._standing.climbed():
+            self._close(climbed)
+        self._record_standing()
         number = 0
         while number < len(self._ladder.scales):
             scale = self._ladder.scales[number]
             attempt = self._standing.newest(scale)
             if attempt is not None and attempt.may_go_on:
-                self._close(attempt)
                 number += 1
                 continue
             if attempt is None or attempt.state is State.FAILED:
@@ -193,7 +199,7 @@ class LadderClimb:
                                f"{attempt.model}")
             result = self._run(attempt)
             self._results.append(result)
-            self._record()
+            self._record(attempt)
             if not attempt.may_go_on and not self._may_rerun(attempt):
                 break
         self._console.print(standing_table(self._standing, self._ladder))
@@ -284,10 +290,13 @@ class LadderClimb:
     def _gates(self, attempt: Attempt, history: Sequence[Attempt]) -> list[ValidationGate]:
         """Return what a rung's loss must show for FULL, beside its benchmarks."""
         points = [point for below in history for point in below.points()]
-        predictable = attempt.folder is None and why_too_few(points) is None
-        if attempt.predicted is None and not predictable:
+        if attempt.predicted is not None:
+            return [LOSS_FALLS_GATE, *prediction_gates(attempt.predicted.hold_above)]
+        if attempt.folder is not None or why_too_few(points) is not None:
             return [LOSS_FALLS_GATE]
-        return [LOSS_FALLS_GATE, *prediction_gates(self._ladder.config.trend, points)]
+        trend = self._ladder.config.trend
+        hold_above = max(trend.hold_above, backtest_bound(trend, points))
+        return [LOSS_FALLS_GATE, *prediction_gates(hold_above)]
 
     def _stress(self, attempt: Attempt, config: PipelineConfig) -> None:
         """Train for a little while at a multiple of the rate, which brings out what is unstable.
@@ -325,31 +334,32 @@ class LadderClimb:
         """End in the store what a process left running that was killed after its end."""
         if attempt.run_id is not None:
             status = "FINISHED" if attempt.state is State.PASSED else "FAILED"
-            end_abandoned(attempt.run_id, LEFT_RUNNING, status)
+            with told_by_the_store(f"rung {attempt.scale.value}"):
+                end_abandoned(attempt.run_id, LEFT_RUNNING, status)
 
-    def _record(self) -> None:
-        """Have the ladder's run tell how far it has come."""
-        for number, scale in enumerate(self._ladder.scales, start=1):
-            attempt = self._standing.newest(scale)
-            if attempt is None:
-                continue
-            predicted = attempt.predicted
-            told = {
-                "ladder/parameters": attempt.parameters, "ladder/loss": attempt.loss,
-                "ladder/predicted_loss": None if predicted is None else predicted.loss,
-                "ladder/prediction_error": attempt.error, "ladder/seconds": attempt.seconds,
-            }
-            self._tracked.log_metrics(
-                {key: value for key, value in told.items() if value is not None}, number
-            )
-            if attempt.override is not None:
-                override = attempt.override
-                self._tracked.set_tags({
-                    f"svend.ladder.override.{scale.value}":
-                        f"{override.reason} ({override.by}, {override.at})"
-                })
-        told_file = (self._folder / LADDER_FILE).read_text(encoding="utf-8")
-        self._tracked.log_text(json.dumps(json.loads(told_file), indent=1), LADDER_FILE)
+    def _record(self, attempt: Attempt) -> None:
+        """Have the ladder's run tell of a rung, at the rung's number as the step."""
+        predicted = attempt.predicted
+        told = {
+            "ladder/parameters": attempt.parameters, "ladder/loss": attempt.loss,
+            "ladder/predicted_loss": None if predicted is None else predicted.loss,
+            "ladder/prediction_error": attempt.error, "ladder/seconds": attempt.seconds,
+        }
+        self._tracked.log_metrics(
+            {key: value for key, value in told.items() if value is not None},
+            1 + self._ladder.scales.index(attempt.scale),
+        )
+        self._record_standing()
+
+    def _record_standing(self) -> None:
+        """Have the ladder's run show what was overridden, and the ladder's file."""
+        self._tracked.set_tags({
+            f"svend.ladder.override.{attempt.scale.value}":
+                f"{override.reason} ({override.by}, {override.at})"
+            for attempt in self._standing.attempts if (override := attempt.override) is not None
+        })
+        told = (self._folder / LADDER_FILE).read_text(encoding="utf-8")
+        self._tracked.log_text(told, LADDER_FILE)
 
 
 def _is_begun(config: PipelineConfig) -> bool:

@@ -32,7 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="of the ladder; default: that of --ladder")
     parser.add_argument("--dry-run", nargs="?", const="true", default="false",
                         metavar="true|false", help="print the whole plan, and stop")
-    parser.add_argument("--retry", action="store_true",
+    parser.add_argument("--retry", nargs="?", const="true", default="false",
+                        metavar="true|false",
                         help="train the rung that failed again, in a run of its own")
     parser.add_argument("--override", metavar="REASON",
                         help="go on above the rung that failed; the reason is put on record")
@@ -46,8 +47,9 @@ def run(
 
     Raises UserError for what the user can mend, Interrupted after a signal.
     """
-    if known.dry_run not in ("true", "false"):
-        raise ConfigError(f"dry_run = {known.dry_run}: must be true or false")
+    for name in ("dry_run", "retry"):
+        if getattr(known, name) not in ("true", "false"):
+            raise ConfigError(f"{name} = {getattr(known, name)}: must be true or false")
     if known.override is not None and not known.override.strip():
         raise ConfigError("override: give the reason, which is put on record")
     short = [(f"ladder.{name}", getattr(known, name)) for name in ("start", "end")
@@ -66,7 +68,7 @@ def run(
         _show_dry_run(ladder, name, folder)
         return None
     climb = LadderClimb(ladder, name, folder, Means(owns_process=True))
-    results = climb.go(Wish(known.retry, known.override))
+    results = climb.go(Wish(known.retry == "true", known.override))
     last = results[-1] if results else None
     if last is None or last.success:
         return None

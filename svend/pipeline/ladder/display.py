@@ -143,10 +143,9 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
             attempt.trend.value, (attempt.version or "").rpartition("/")[2],
             format_seconds(attempt.seconds),
         )
-    for scale in () if ladder is None else ladder.scales:
+    for scale, config in {} if ladder is None else ladder.rungs.items():
         if standing.newest(scale) is None:
-            model = ladder.rungs[scale].model if ladder else None
-            table.add_row(scale.value, model.name if model else "", "to come")
+            table.add_row(scale.value, config.model.name if config.model else "", "to come")
     return table
 
 

@@ -11,6 +11,7 @@ from svend.pipeline.config import ModelScale, get_model_config
 from svend.pipeline.ladder.climb import LadderClimb, Means
 from svend.pipeline.ladder.options import ORDER, common_data, default_ladder, make_ladder
 from svend.pipeline.ladder.standing import ladder_folder
+from svend.pipeline.run_folder import folder_name
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 
 
@@ -46,7 +47,7 @@ class PipelineRunner(ScaleRunner):
         training = replace(self.config.training, data=data)
         rungs = {scale: replace(self.config, training=training.at_scale(scale))
                  for scale in wanted}
-        name = training.experiment_name
+        name = folder_name(training.experiment_name)
         numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         name, folder = next(
             (name, folder) for name in numbered

@@ -18,8 +18,8 @@ from svend.pipeline.ladder.trend import (
     PREDICTION_ERROR,
     SLOPE_BOUND,
     Bounds,
-    EarlyWatch,
     Trend,
+    judge_early,
 )
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.schema import to_tree
@@ -182,11 +182,11 @@ class RungRun(NestedRun):
         self.console.print(
             f"at {share:.0%}: expected to end at {expected:.4f}, {error:+.2%} of the prediction"
         )
-        watch = EarlyWatch(
-            self.trend.early_stop_above, predicted.investigate_below, self.trend.early_in_a_row
-        )
         errors = [look.error for look in attempt.looks]
-        verdict = watch.judge(errors)
+        verdict = judge_early(
+            errors, self.trend.early_stop_above, predicted.investigate_below,
+            self.trend.early_in_a_row,
+        )
         if verdict is not Trend.PASS:
             attempt.trend, attempt.state = verdict, State.FAILED
             told = ", ".join(f"{e:+.2%}" for e in errors)

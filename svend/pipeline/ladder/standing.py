@@ -166,7 +166,7 @@ class Standing:
 
 def ladder_folder(checkpoint_dir: str, name: str) -> Path:
     """Return where a ladder of that name is kept. Raises UserError for what is no name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UserError(f"name = {name}: must be one that a folder can have")
     return Path(checkpoint_dir).expanduser() / LADDERS / name
 

@@ -40,13 +40,8 @@ class Bounds:
 
     @classmethod
     def of(cls, trend: TrendConfig, points: Sequence[Point], found: Prediction) -> Bounds:
-        """Return the configured bounds, widened by what is known of the prediction's error.
-
-        After enough rungs they are at least twice the error of leaving one out.
-        """
-        twice = 0.0
-        if len({point.rung for point in points}) >= trend.backtest_after:
-            twice = 2 * left_out_error(points)
+        """Return the configured bounds, widened by what is known of the prediction's error."""
+        twice = backtest_bound(trend, points)
         return cls(
             max(trend.hold_above, twice), max(trend.stop_above, twice),
             min(trend.investigate_below, -twice, relative_error(found.low, found.loss)),
@@ -61,11 +56,14 @@ class Bounds:
         return Trend.INVESTIGATE if error < self.investigate_below else Trend.PASS
 
 
-def prediction_gates(trend: TrendConfig, points: Sequence[Point]) -> list[ValidationGate]:
+def backtest_bound(trend: TrendConfig, points: Sequence[Point]) -> float:
+    """Return twice the error of leaving one rung out, below which no bound is; 0 for few rungs."""
+    enough = len({point.rung for point in points}) >= trend.backtest_after
+    return 2 * left_out_error(points) if enough else 0.0
+
+
+def prediction_gates(hold_above: float) -> list[ValidationGate]:
     """Return the gates of FULL that a rung's loss opens only where it is judged PASS."""
-    hold_above = trend.hold_above
-    if len({point.rung for point in points}) >= trend.backtest_after:
-        hold_above = max(hold_above, 2 * left_out_error(points))
     return [
         ValidationGate(
             name=AS_PREDICTED, metric_name=PREDICTION_ERROR, comparison="<=",
@@ -84,22 +82,14 @@ LOSS_FALLS_GATE = ValidationGate(
 )
 
 
-class EarlyWatch:
-    """Ends a rung whose expected end lies outside the bounds at several horizons in a row."""
+def judge_early(errors: Sequence[float], above: float, below: float, in_a_row: int) -> Trend:
+    """Return STOP or INVESTIGATE where so many errors in a row lie outside the bounds, else PASS.
 
-    def __init__(self, above: float, below: float, in_a_row: int) -> None:
-        self._above = above
-        self._below = below
-        self._in_a_row = in_a_row
-
-    def judge(self, errors: Sequence[float]) -> Trend:
-        """Return STOP or INVESTIGATE where the last errors all say so, else PASS.
-
-        errors: of the end expected at each horizon so far, against the prediction.
-        """
-        last = errors[-self._in_a_row :]
-        if len(last) == self._in_a_row and all(not error <= self._above for error in last):
-            return Trend.STOP
-        if len(last) == self._in_a_row and all(error < self._below for error in last):
-            return Trend.INVESTIGATE
-        return Trend.PASS
+    errors: of the end expected at each horizon so far, against the prediction.
+    """
+    last = errors[-in_a_row:]
+    if len(last) == in_a_row and all(not error <= above for error in last):
+        return Trend.STOP
+    if len(last) == in_a_row and all(error < below for error in last):
+        return Trend.INVESTIGATE
+    return Trend.PASS
