@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svend.errors import DivergenceError
+from svend.models.shards import count_nonfinite
 from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.job import Job
 from svend.pipeline.record import record_verdicts
-from svend.pipeline.validation import count_nonfinite_parameters
 from svend.training.examination import examine_step
 
 DIVERGENCE_FILE, REWIND_FILE = "divergence.json", "rewind.json"
@@ -62,7 +62,7 @@ def find_divergence(
             reason = f"{reading.skipped_in_a_row} steps skipped in a row ({reading})"
             return Divergence(reading, reason, readings)
     if look_at_weights:
-        count = count_nonfinite_parameters(job.state.model)
+        count = count_nonfinite(job.state.model)
         if count:
             last = readings[-1]
             return Divergence(last, f"{count:,} weights are not finite ({last})", readings)
@@ -87,7 +87,7 @@ def go_back(job: Job, divergence: Divergence, checkpoint: Checkpoint) -> dict[st
         state.model, state.optimizer, state.scheduler, state.scaler, wanted=_is_good
     )
     state.load_extra_state(extra)
-    count = count_nonfinite_parameters(state.model)
+    count = count_nonfinite(state.model)
     if count:
         raise DivergenceError(
             f"training diverged at step {step}: {divergence.reason}; the checkpoint of step "
