@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from svend.data.stream import BatchStream
-from svend.errors import ConfigError
 from svend.models.shards import count_nonfinite, is_sharded, whole
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import CheckpointingPolicy, Optimizer, Parallel, TrainingConfig
-from svend.ranks import Place, find_place
+from svend.ranks import Place
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps

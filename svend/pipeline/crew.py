@@ -35,6 +35,11 @@ class Dismissal:
     outcome: Any
 
 
+@dataclass(frozen=True)
+class Farewell:
+    """The end of all runs of a command."""
+
+
 class Crew:
     """All processes of a run; of one that is alone, just it."""
 
@@ -149,4 +154,5 @@ def _broadcast(order: Any, ranks: Ranks) -> Any:
         content = bytes(int(length))
     sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     dist.broadcast(sent, 0, group=ranks.orders)
-    return order if ranks.place.leads else pickle.loads(sent.numpy().tobytes())
+    # From another process of this run, which the environment named.
+    return order if ranks.place.leads else pickle.loads(sent.numpy().tobytes())  # noqa: S301

@@ -6,35 +6,60 @@ process that it runs in, and what else it is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from svend.data.stream import PackedSequences
+from svend.data.corpus import build_corpus
+from svend.data.stream import BatchStream, PackedSequences
 from svend.device import DTYPES
+from svend.errors import DataError, one_line
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
+from svend.models.config import BaseShape, TransformerConfig
+from svend.models.float8 import compute_in_float8
 from svend.models.shards import is_sharded, whole
 from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import evaluation_sets
 from svend.pipeline.checkpoint_files import read_metadata
 from svend.pipeline.checkpoints import load_parts
-from svend.pipeline.config import PipelineConfig
-from svend.pipeline.crew import Crew
-from svend.pipeline.sharded_files import PartialSave
+from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.crew import Crew, Dismissal
+from svend.pipeline.sharded_files import PartialSave, size_of
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps
+from svend.training.parallel import Ranks, shard_mesh, shard_model
 from svend.training.schedules import learning_rate_factor
-from svend.training.state import TrainState
+from svend.training.state import TrainState, build_state
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 P = ParamSpec("P")
 T = TypeVar("T")
+ModelFactory = Callable[[ModelScale], nn.Module]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the first process tells the others of a run before its first step.
+
+    The config as it was resolved on the first's machine. starts: whether weights come from it.
+    """
+
+    config: PipelineConfig
+    data_fingerprint: str
+    total_steps: int
+    compiled: bool
+    sharded: bool
+    starts: bool
 
 
 @dataclass(kw_only=True)
@@ -65,11 +90,104 @@ class Replica:
         """Whether each process holds a part of the model."""
         return any(map(is_sharded, self.state.model.parameters()))
 
+    def call(
+        self, operation: Callable[Concatenate[Replica, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Have every process run one of the functions below; only the first may call."""
+        return self.crew.call(operation, self, *args, **kwargs)
 
-def together(
-    replica: Replica, operation: Any, *args: Any
-) -> Any:
-    raise NotImplementedError
+
+def build_replica_state(
+    assignment: Assignment, sequences: PackedSequences, model_factory: ModelFactory | None,
+    device: torch.device, ranks: Ranks,
+) -> TrainState:
+    """Return the state before step 1, of which this process holds the whole or a part.
+
+    Each process of the run must call this with the same assignment.
+    """
+    config = assignment.config
+    training = config.training
+    mesh = shard_mesh(ranks, device, training.shard_processes) if assignment.sharded else None
+    model = build_model(config, model_factory, device, mesh)
+    if assignment.compiled and isinstance(model, ReasoningTransformer):
+        model.compile_blocks()
+    stream = BatchStream(
+        sequences, training.batch_size, training.gradient_accumulation_steps, ranks.rank, ranks.size
+    )
+    return build_state(model, stream, training, assignment.total_steps, device, ranks)
+
+
+def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: Crew) -> Any:
+    """Do a process's share of the run that the first one leads; return how that one ended it."""
+    try:
+        told = crew.hear()
+        if isinstance(told, Assignment):
+            return crew.follow(_join_run(told, model_factory, device, crew))
+    except Exception as error:
+        crew.leave_note(f"{type(error).__name__}: {one_line(error)[:200]}")
+        raise
+    assert isinstance(told, Dismissal)
+    return told.outcome
+
+
+def _join_run(
+    assignment: Assignment, model_factory: ModelFactory | None, device: torch.device, crew: Crew
+) -> Replica:
+    config = assignment.config
+    assert config.model is not None  # set by PipelineConfig.resolve
+    training = config.training
+    corpus = build_corpus(
+        training.data, config.model.vocab_size, training.data_seed, lambda _: None,
+        evaluation_sets(config),
+    )
+    if corpus.fingerprint != assignment.data_fingerprint:
+        raise DataError(
+            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
+            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
+        )
+    sequences = PackedSequences(corpus.train, training.data, training.seed)
+    heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
+    state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
+    replica = Replica(
+        config=config, device=device, sequences=sequences, heldout=heldout, state=state,
+        total_steps=assignment.total_steps, crew=crew,
+    )
+    if assignment.starts:
+        take_start(replica)
+    return replica
+
+
+def build_model(
+    config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> nn.Module:
+    """Return the model of the config's scale, its weights drawn from the config's seed.
+
+    mesh: of the processes that each hold a part of it. No process then ever holds the whole, but of
+    a factory's model.
+    """
+    assert config.model is not None  # set by PipelineConfig.resolve
+    training = config.training
+    torch.manual_seed(training.seed)
+    if model_factory is not None:
+        model = model_factory(training.model_scale)
+    else:
+        with torch.device("meta"):
+            model = ReasoningTransformer(
+                TransformerConfig.from_model_config(config.model, BaseShape.of(training))
+            )
+    if isinstance(model, ReasoningTransformer):
+        if training.gradient_checkpointing:
+            model.checkpoint_blocks(training.gradient_checkpointing_policy)
+        if training.float8:
+            compute_in_float8(model.blocks)
+    if mesh is not None:
+        shard_model(model, mesh, training)
+    if model_factory is None:
+        assert isinstance(model, ReasoningTransformer)
+        model.to_empty(device=device)
+        model.initialize(training.seed)
+    return model
 
 
 def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, looks: bool) -> None:
@@ -91,6 +209,18 @@ def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, look
         state.model, training.precision, every_steps
     )
     replica.stages.append((train_steps(state, training, last_step, probe), of_run))
+
+
+def stage_steps(
+    replica: Replica, last_step: int, *, decays_to: int | None = None, looks: bool = False
+) -> Iterator[StepMetrics]:
+    """Yield the steps up to the last, which all processes take; called by the first alone."""
+    replica.call(begin_stage, last_step, decays_to, looks=looks)
+    try:
+        while (metrics := replica.call(next_step)) is not None:
+            yield metrics
+    finally:
+        replica.call(end_stage)
 
 
 def next_step(replica: Replica) -> StepMetrics | None:
@@ -153,18 +283,23 @@ def load_weights(replica: Replica, checkpoint: Path) -> None:
 
 def take_start(replica: Replica) -> None:
     """Give the model the weights that the first process has found to begin with."""
+    if replica.crew.size == 1:
+        assert replica.start is not None
+        replica.state.model.load_state_dict(replica.start)
+        replica.start = None
+        return
     import torch.distributed as dist
     from torch.distributed.tensor import distribute_tensor
 
     with torch.no_grad():
-        for name, parameter in replica.state.model.named_parameters():
-            given = torch.empty(parameter.shape) if replica.start is None else replica.start[name]
-            given = given.to(parameter.device, parameter.dtype)
-            if is_sharded(parameter):
-                given = distribute_tensor(given, parameter.device_mesh, parameter.placements)
+        for name, tensor in replica.state.model.state_dict().items():
+            given = torch.empty(tensor.shape) if replica.start is None else replica.start[name]
+            given = given.to(tensor.device, tensor.dtype)
+            if is_sharded(tensor):
+                given = distribute_tensor(given, tensor.device_mesh, tensor.placements)
             else:
                 dist.broadcast(given, 0)
-            parameter.copy_(given)
+            tensor.copy_(given)
     replica.start = None
 
 
@@ -172,6 +307,12 @@ def leave_out(replica: Replica, next_sequence: int) -> None:
     """Go on behind data that made the run diverge."""
     replica.state.stream.load_state_dict({"next_sequence": next_sequence})
     replica.state.rewinds += 1
+
+
+def sharded_bytes(replica: Replica) -> int:
+    """Return the size of what all processes write of a checkpoint."""
+    state = replica.state
+    return size_of({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()})
 
 
 def begin_partial_save(replica: Replica, folder: Path) -> None:

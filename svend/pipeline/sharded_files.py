@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,16 +18,26 @@ from torch import Tensor
 
 from svend.errors import CheckpointError, one_line
 from svend.models.shards import is_sharded
-from svend.pipeline.checkpoint_files import LAYOUT, PARTS_INDEX, flush_folder, hash_file
+from svend.pipeline.checkpoint_files import (
+    LAYOUT,
+    MODEL,
+    PART_SUFFIX,
+    PARTS_INDEX,
+    Checkpoint,
+    flush_folder,
+    hash_file,
+    write_metadata,
+    write_state,
+)
 from svend.pipeline.state_files import read_state
 from svend.training.parallel import Ranks
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata
 
+PARTED = ("model", "optimizer")
 PART = "part"  # in a layout, the key of what stands for a sharded tensor
-SUFFIX = ".distcp"
 # What the index of the parts may name: data alone.
 INDEX_GLOBALS = {
     ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
@@ -46,22 +57,25 @@ class PartialSave:
     """
 
     def __init__(self, folder: Path, states: Mapping[str, Any], ranks: Ranks) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.layout, tensors = _split(dict(states))
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.bytes = _bytes_of(tensors)
         self._folder, self._ranks = folder, ranks
         # It copies before it returns, and writes in a thread.
-        self._saved: Future[Any] = dcp.async_save(
-            tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=ranks.saving
+        saved = async_save(
+            tensors, storage_writer=FileSystemWriter(folder), process_group=ranks.saving
         )
+        assert isinstance(saved, Future)
+        self._saved = saved
 
     def result(self) -> dict[str, dict[str, Any]]:
         """Wait for the parts; return, in the process that leads, hash and size of each file."""
         import torch.distributed as dist
 
         self._saved.result()
-        own = sorted(self._folder.glob(f"__{self._ranks.rank}_*{SUFFIX}"))
+        own = sorted(self._folder.glob(f"__{self._ranks.rank}_*{PART_SUFFIX}"))
         entries = {path.name: hash_file(path) for path in own}
         leads = self._ranks.place.leads
         gathered: list[dict[str, Any] | None] = [None] * self._ranks.size
@@ -77,34 +91,69 @@ class PartialSave:
         return background.submit(self.result)
 
 
+def size_of(states: Mapping[str, Any]) -> int:
+    """Return what the parts of all processes take on the disk, a little more than their tensors."""
+    return _bytes_of(_split(dict(states))[1])
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def read_parts(folder: Path, name: str, own: Any, like: Tensor | None) -> Any:
     """Return the state of a part of the checkpoint, such as the model.
 
     own: the state as it is, whose sharded tensors are read into where they are. like: a tensor that
     is laid out as the others are to be; None for whole ones.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     layout = read_state(folder / LAYOUT)
     reader, index = _open_index(folder)
     if not isinstance(layout, dict) or name not in layout:
         raise CheckpointError(f"{folder / LAYOUT}: holds no {name}; use another checkpoint")
-    here = {place: tensor for place, tensor in _split({name: own})[1].items()}
+    _, here = _split({name: own})
     targets: dict[str, Tensor] = {}
     for place in _parts_in(layout[name]):
         stored = index.state_dict_metadata.get(place)
-        size = getattr(stored, "size", None)
-        if size is None:
+        if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(f"{folder / PARTS_INDEX}: lacks {place}; use another checkpoint")
-        if place in here and here[place].shape == size:
+        if place in here and here[place].shape == stored.size:
             targets[place] = here[place]
         else:
-            targets[place] = _empty(size, stored.properties.dtype, like)
+            targets[place] = _empty(stored.size, stored.properties.dtype, like)
     try:
-        dcp.load(targets, storage_reader=reader, no_dist=True)
+        load(targets, storage_reader=reader, no_dist=True)
     except Exception as error:  # noqa: BLE001 - made-up parts raise whatever torch did not foresee
         raise CheckpointError(f"{folder}: cannot be loaded ({one_line(error)[:200]})") from None
     return _joined(layout[name], targets)
+
+
+def read_state_of(checkpoint: Checkpoint, name: str, own: Any, like: Tensor | None) -> Any:
+    """Return the state that a checkpoint holds of a part, such as the model; see `read_parts`.
+
+    Whichever way it was saved, it comes back whole, or cut as `like` is.
+    """
+    if f"{name}.pt" in checkpoint.files:
+        state = read_state(checkpoint.path / f"{name}.pt", mapped=like is not None)
+        return state if like is None else lay_out(state, like)
+    if checkpoint.in_parts and name in PARTED:
+        return read_parts(checkpoint.path, name, own, like)
+    raise CheckpointError(
+        f"{checkpoint.path}: was saved without {name}.pt; load it without {name}"
+    )
+
+
+def consolidate_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """Put the weights of a verified checkpoint together in one file; return it as it is then."""
+    weights = read_parts(checkpoint.path, "model", {}, None)
+    writing = checkpoint.path / f".writing-{MODEL}"
+    entry = write_state(writing, weights)
+    writing.replace(checkpoint.path / MODEL)
+    with_weights = replace(checkpoint, files={**checkpoint.files, MODEL: entry})
+    write_metadata(with_weights)
+    return with_weights
 
 
 def lay_out(state: Any, like: Tensor) -> Any:
@@ -179,7 +228,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _open_index(folder: Path) -> tuple[FileSystemReader, Metadata]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata
 
     class Reader(FileSystemReader):

@@ -7,6 +7,7 @@ a single process would take, to rounding.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from svend.errors import ConfigError
+from svend.errors import ConfigError, ResourceError
 from svend.models.shards import SHARD
 from svend.pipeline.config import Precision, TrainingConfig, WeightPrecision
 from svend.ranks import Place
@@ -88,6 +89,13 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         meeting, _, _ = next(rendezvous("env://"))
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
+        if on_cuda:
+            if place.local_size > torch.cuda.device_count():
+                raise ResourceError(
+                    f"{place.local_size} processes on a machine with {torch.cuda.device_count()} "
+                    "CUDA devices: start one per device"
+                )
+            torch.cuda.set_device(place.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
             world_size=place.size, timeout=timedelta(seconds=timeout_seconds),
@@ -97,6 +105,7 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
             place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
             dist.new_group(backend="gloo", timeout=PATIENCE),
         )
+        atexit.register(leave_ranks)
     return _joined
 
 
