@@ -477,9 +477,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
-    if result.interrupted_at_once:
+    if result.interrupted_at_once or isinstance(result.error, RankLost):
         sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
+        # Not waiting for a save that is under way, or to which a process has not come.
+        os._exit(EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR)
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 
