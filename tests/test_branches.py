@@ -17,6 +17,7 @@ from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.training.loop import train_steps
 from svend.training.schedules import learning_rate_factor
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 
 WSD = {"training.schedule": "wsd", "training.decay_ratio": "0.25", "training.warmup_ratio": "0.1",
@@ -34,7 +35,7 @@ class Bench:
         settings = {
             **DEBUG_OVERRIDES, **WSD, "training.experiment_name": experiment,
             "checkpoint_dir": str(self._folder / "checkpoints"),
-            "data.cache_dir": str(self._folder / "cache"),
+            "data.cache_dir": str(data_cache()),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
         return ScaleRunner(load_config({}, list(settings.items()))).run(resume=resume)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.prepared import data_cache, lay_empty_store
 
 GIVEN_GUIDE = ROOT.parent / "shared" / "guide.md"
 OWN_GUIDE = ROOT / "docs" / "guide.md"
@@ -171,7 +172,7 @@ for block in blocks:
             folder = home / section
             folder.mkdir()
             os.chdir(folder)
-            names = {"__name__": "__main__", "CACHE": str(home / "cache")}
+            names = {"__name__": "__main__", "CACHE": os.environ["DATA_CACHE"]}
             exec(block["prelude"], names)
     out, err, facts, error = io.StringIO(), io.StringIO(), {}, None
     try:
@@ -290,6 +291,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def run_blocks(guide: str, folder: Path) -> None:
         (folder / "content" / "drive" / "MyDrive").mkdir(parents=True)
+        lay_empty_store(folder / "mlflow.db")
         blocks = [prepared(b, guide, folder) for b in (GIVEN if guide == "given" else OWN)]
         (folder / "blocks.json").write_text(json.dumps([asdict(b) for b in blocks]))
         done = subprocess.run(
@@ -298,7 +300,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder),
                  "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
-                 "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
+                 "WANDB_MODE": "offline", "DATA_CACHE": str(data_cache()), "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stdout
 

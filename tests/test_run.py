@@ -22,6 +22,7 @@ from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.schema import build, read_yaml
 from tests.conftest import SHARED_DATA, Workplace
+from tests.in_process import run_here
 
 GSM8K = SHARED_DATA / "gsm8k"
 
@@ -308,7 +309,7 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
         pytest.skip("this machine has CUDA")
     write_lines(workplace.folder / "broken.jsonl", 40, broken_line=17)
     write_lines(workplace.folder / "empty.jsonl", 0)
-    done = workplace.run(workplace.train_command(*options, **changes))
+    done = run_here(workplace, workplace.train_command(*options, **changes))
     assert done.returncode == 1
     assert "Traceback" not in done.stdout
     [line] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
