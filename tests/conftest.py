@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from svend.pipeline import record
+from svend.planning import plan
 from tests.prepared import data_cache, keep_in, lay_empty_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +106,15 @@ def _prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     shared = tmp_path_factory.getbasetemp()
     # xdist gives each process a folder in that of the session.
     keep_in((shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "prepared")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine_looked_at_once() -> Iterator[None]:
+    """Have runs in this process measure the machine and list its packages only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "installed_packages", cache(record.installed_packages))
+        patch.setattr(plan, "measure_matmul_peak", cache(plan.measure_matmul_peak))
+        yield
 
 
 @pytest.fixture

@@ -162,7 +162,12 @@ FACTS: dict[str, dict[str, str]] = {
 
 # Runs the blocks of a JSON file, section after section, and writes what became of each.
 DRIVER = """
-import contextlib, io, json, os, pathlib, sys, traceback
+import contextlib, functools, io, json, os, pathlib, sys, traceback
+from svend.pipeline import record
+from svend.planning import plan
+# Dozens of runs in one process: the machine is looked at for the first.
+record.installed_packages = functools.cache(record.installed_packages)
+plan.measure_matmul_peak = functools.cache(plan.measure_matmul_peak)
 blocks, outcomes, section, names = json.load(open(sys.argv[1])), {}, None, {}
 home = pathlib.Path.cwd()
 for block in blocks:
