@@ -357,6 +357,20 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
     assert bool(left) == ("gate" in line)
 
 
+def test_a_mistake_in_the_configuration_fails_the_run_that_was_made_for_it(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(workplace.tracking_uri)
+    run_id = client.create_run(client.create_experiment("wrong")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    done = run_here(workplace, workplace.train_command("--scale", "huge"))
+    assert done.returncode == 1
+    run = only_run(workplace, "wrong")
+    assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
+    assert run.data.tags["svend.reason"].startswith("unknown scale 'huge': choose one of tiny")
+
+
+@pytest.mark.slow
 def test_a_mistake_in_the_configuration_fails_the_run_that_mlflow_run_made(
     workplace: Workplace,
 ) -> None:
