@@ -26,8 +26,10 @@ from svend.pipeline.options import (
     LongDocuments,
     LossOn,
     ModelConfig,
+    MomentPrecision,
     Optimizer,
     OwnSource,
+    Parallel,
     Parametrisation,
     PipelineConfig,
     Precision,
@@ -35,6 +37,7 @@ from svend.pipeline.options import (
     ToolScore,
     TrainingConfig,
     ValidationGate,
+    WeightPrecision,
     get_model_config,
 )
 
@@ -42,10 +45,11 @@ __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "Branch", "BrokenRows", "CheckpointingPolicy",
     "Compile", "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
     "GatesConfig", "HealthAction", "HealthConfig", "LongDocuments", "LossOn", "ModelConfig",
-    "ModelScale", "Optimizer", "OwnSource", "Parametrisation", "PipelineConfig", "Precision",
-    "Schedule", "ToolScore", "TrainingConfig", "ValidationGate", "create_quick_test_config",
-    "create_scale_test_config", "format_count", "get_model_config", "group_members", "load_config",
-    "load_saved_config", "print_scale_comparison", "scale_table",
+    "ModelScale", "MomentPrecision", "Optimizer", "OwnSource", "Parallel", "Parametrisation",
+    "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
+    "WeightPrecision", "create_quick_test_config", "create_scale_test_config", "format_count",
+    "get_model_config", "group_members", "load_config", "load_saved_config",
+    "print_scale_comparison", "scale_table",
 ]
 
 

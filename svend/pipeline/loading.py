@@ -19,8 +19,8 @@ MAY_CHANGE = {
     "health.min_branch_share", "health.max_spikes", "health.action", "health.patience",
     "training.data.cache_dir", "training.data.path",
     "training.data.heldout_path", "training.logging_steps", "training.on_full_disk",
-    "training.profile",
-    "training.save_total_limit",
+    "training.parallel", "training.profile",
+    "training.save_total_limit", "training.shard_processes", "rank_timeout_seconds",
 }
 # What names a Python file or module that is imported.
 NAMES_CODE = ("training.data.own_sources",)

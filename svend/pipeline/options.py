@@ -52,6 +52,30 @@ class Precision(Enum):
     FP16 = "fp16"
 
 
+class Parallel(Enum):
+    """How several processes share a run; AUTO is DDP where the model fits whole, else FSDP."""
+
+    AUTO = "auto"
+    DDP = "ddp"  # each holds the whole model
+    FSDP = "fsdp"  # each holds a part of weights, gradients and moments
+
+
+class WeightPrecision(Enum):
+    """The number format that the weights are kept in between steps."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"  # the matrices, rounded stochastically after each step
+
+
+class MomentPrecision(Enum):
+    """The number format that AdamW's moments are kept in between steps."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class CheckpointingPolicy(Enum):
     """What gradient checkpointing computes again in the backward pass."""
 
@@ -335,6 +359,10 @@ class TrainingConfig:
     skip_spike_deviations: float | None = _default("training.skip_spike_deviations")
     divergence_patience: int = _default("training.divergence_patience")
     precision: Precision = _default_enum("training.precision", Precision)
+    weight_precision: WeightPrecision = _default_enum("training.weight_precision", WeightPrecision)
+    moment_precision: MomentPrecision = _default_enum("training.moment_precision", MomentPrecision)
+    parallel: Parallel = _default_enum("training.parallel", Parallel)
+    shard_processes: int | None = _default("training.shard_processes")
     compile: Compile = _default_enum("training.compile", Compile)
     gradient_checkpointing: bool = _default("training.gradient_checkpointing")
     gradient_checkpointing_policy: CheckpointingPolicy = _default_enum(
@@ -407,6 +435,9 @@ class TrainingConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
+        shards = self.shard_processes
+        _require(shards is None or shards >= 2, "training.shard_processes", shards,
+                 "null, or at least 2")
         deviations = self.skip_spike_deviations
         _require(deviations is None or (math.isfinite(deviations) and deviations > 0),
                  "training.skip_spike_deviations", deviations, "null, or above 0")
@@ -602,6 +633,7 @@ class PipelineConfig:
     checkpoint_cache_dir: str | None = _default("checkpoint_cache_dir")
     grace_seconds: float = _default("grace_seconds")
     tracking_wait_seconds: float = _default("tracking_wait_seconds")
+    rank_timeout_seconds: float = _default("rank_timeout_seconds")
 
     def resolve(self) -> PipelineConfig:
         """Return a copy in which nothing is left to be looked up, checked as a whole."""
@@ -628,6 +660,8 @@ class PipelineConfig:
         _require(self.grace_seconds > 0, "grace_seconds", self.grace_seconds, "above 0")
         _require(self.tracking_wait_seconds >= 0, "tracking_wait_seconds",
                  self.tracking_wait_seconds, "0 or more")
+        _require(self.rank_timeout_seconds > 0, "rank_timeout_seconds",
+                 self.rank_timeout_seconds, "above 0")
         for name in self.eval_benchmarks:
             _require(name.removesuffix(SAMPLE_SUFFIX) in BENCHMARK_NAMES, "eval_benchmarks", name,
                      f"one of {', '.join(BENCHMARK_NAMES)}")
