@@ -13,6 +13,7 @@ from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, UserError, one_line
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.guard import StepGuard
+from svend.training.low_memory import prepare_weights
 from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
 from svend.training.trend import LossTrend
@@ -111,6 +112,7 @@ def build_state(
 ) -> TrainState:
     """Return the state before step 1, with the model moved to the device."""
     model.to(device)
+    prepare_weights(model, training)
     optimizer = build_optimizer(model, training)
     factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
