@@ -196,7 +196,8 @@ def moment_bytes(state: TrainState) -> int:
     """Return the bytes that the optimizer's states take in this process."""
     return sum(
         local(tensor).nbytes
-        for states in state.optimizer.state.values() for tensor in plain_tensors(states).values()
+        for parameter, states in state.optimizer.state.items()
+        for tensor in plain_tensors(parameter, states).values()
     )
 
 

@@ -78,20 +78,21 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the states by parameter, as plain tensors, and the groups' settings."""
         packed = super().state_dict()
-        states = {index: plain_tensors(state) for index, state in packed["state"].items()}
+        states = {
+            index: plain_tensors(parameter, packed["state"][index])
+            for index, parameter in self._numbered(packed) if index in packed["state"]
+        }
         return {**packed, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` returned; raises ValueError for states of another kind."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
+        for index, parameter in self._numbered(state_dict):
             if index not in state_dict["state"]:
                 continue
             state, saved = self.fresh_state(parameter), state_dict["state"][index]
-            own = plain_tensors(state)
-            if [_kind(own, name) for name in own] != [_kind(saved, name) for name in saved]:
+            own = plain_tensors(parameter, state)
+            if {_kind(own, name) for name in own} != {_kind(saved, name) for name in saved}:
                 raise ValueError(
                     f"its states are {_described(saved)}, this optimizer's {_described(own)}; keep "
                     "training.moment_precision and training.weight_precision as they were"
@@ -99,6 +100,12 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
             self.state[parameter] = state
+
+    def _numbered(self, state_dict: dict[str, Any]) -> list[tuple[int, nn.Parameter]]:
+        """Return the parameters by their numbers in a state."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return list(zip(numbers, parameters, strict=True))
 
     def next_rounding_seed(self) -> int:
         """Return the seed of a step's random numbers.
@@ -202,29 +209,30 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def plain_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_tensors(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a parameter's state by name, a quantized tensor as its codes and scales.
 
-    They share their memory with the state. The parts of a sharded one are sharded alike, by rows.
+    They share their memory with the state. What belongs to a sharded parameter is sharded as it is.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        here = local(tensor)
-        if not hasattr(here, "codes"):
-            plain[name] = tensor
-            continue
-        for part in ("codes", "scale"):
-            values = getattr(here, part)
-            if isinstance(tensor, DTensor):
-                # By rows the parts are sharded exactly as the parameter is.
-                values = values.view(here.shape[0], -1)
-                values = DTensor.from_local(
-                    values, tensor.device_mesh, tensor.placements, run_check=False,
-                    shape=torch.Size((tensor.shape[0], values.shape[1])),
-                    stride=(values.shape[1], 1),
-                )
-            plain[f"{name}.{part}"] = values
+        if hasattr(tensor, "codes"):
+            plain[f"{name}.codes"] = _sharded_as(parameter, tensor.codes)
+            plain[f"{name}.scale"] = _sharded_as(parameter, tensor.scale)
+        else:
+            plain[name] = tensor if name == "step" else _sharded_as(parameter, tensor)
     return plain
+
+
+def _sharded_as(parameter: Tensor, part: Tensor) -> Tensor:
+    """Return this process's part of a state as a part of the whole, row by row."""
+    if not isinstance(parameter, DTensor) or isinstance(part, DTensor):
+        return part
+    part = part.view(local(parameter).shape[0], -1)
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=torch.Size((parameter.shape[0], part.shape[1])), stride=(part.shape[1], 1),
+    )
 
 
 def _kind(state: dict[str, Tensor], name: str) -> tuple[str, torch.dtype, int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW4bit, AdamW8bit
+from torchao.optim.adam import single_param_adam
 
 from svend.errors import ConfigError
 from svend.training.low_memory import LowMemoryAdamW, local
@@ -29,9 +30,11 @@ warnings.filterwarnings("ignore", message="OptimState.bit does not implement", c
 
 
 class _QuantizedAdamW(LowMemoryAdamW):
-    """What torchao's optimizers lack: plain states, random numbers of our own, steps left out.
+    """What torchao's optimizers lack: plain states, random numbers of our own, sharded weights.
 
-    They do not look at `found_inf`, so `take_step` reads on the host whether there is a step.
+    Of a sharded parameter each process moves its part, as if it were whole: as DTensors, weights in
+    bf16 and quantized states do not go together in torchao 0.18. A step does not look at
+    `found_inf`, so `take_step` reads on the host whether there is one.
     """
 
     takes_found_inf = False
@@ -58,17 +61,38 @@ class _QuantizedAdamW(LowMemoryAdamW):
         """Return what torchao begins with."""
         return {
             "step": torch.tensor(0.0),
-            "exp_avg": self._new_buffer(parameter, True),
-            "exp_avg_sq": self._new_buffer(parameter, False),
+            "exp_avg": self._new_buffer(local(parameter.detach()), True),
+            "exp_avg_sq": self._new_buffer(local(parameter.detach()), False),
         }
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take a step; a closure is not supported."""
         assert closure is None
         device = self.param_groups[0]["params"][0].device
-        stance = torch.compiler.set_stance("force_eager" if self.eager else "default")
-        with seeded(device, self.next_rounding_seed()), stance:
-            super().step()
+        update = single_param_adam
+        if not self.eager:
+            update = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+        # As torchao does: there is a kernel for each shape, and no end of them is a mistake.
+        with torch._dynamo.utils.disable_cache_limit(), seeded(device, self.next_rounding_seed()):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._move(parameter, group, update)
+
+    def _move(
+        self, parameter: nn.Parameter, group: dict[str, Any], update: Callable[..., None]
+    ) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state.update(self.fresh_state(parameter))
+        state["step"] += 1
+        update(
+            local(parameter.detach()), local(parameter.grad), state["step"], state["exp_avg"],
+            state["exp_avg_sq"], None, group["lr"], *group["betas"], group["weight_decay"],
+            group["eps"], IS_ADAMW=True, BF16_STOCHASTIC_ROUND=parameter.dtype is torch.bfloat16,
+        )
 
 
 class AdamWInt8(_QuantizedAdamW, AdamW8bit):  # type: ignore[misc]
