@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
 from svend.errors import ConfigError, ResourceError
 from svend.models.config import BaseShape, TransformerConfig
+from svend.models.generation import Decoder, PlainTurn, Request
 from svend.models.parametrisation import group_of
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
@@ -36,6 +38,8 @@ from svend.pipeline.config import (
     TrainingConfig,
     WeightPrecision,
 )
+from svend.pipeline.loading import load_config
+from svend.pipeline.version_files import WEIGHTS, load_version_model, write_weights
 from svend.training.loop import train_steps
 from svend.training.low_memory import RoundedAdamW, prepare_weights, round_stochastically
 from svend.training.optimizers import build_optimizer, take_step
@@ -145,7 +149,7 @@ def test_with_states_in_fp32_it_is_torchs_adamw(
 
 def test_chunks_change_nothing_where_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = []
-    for chunk in (2**24, 7):
+    for chunk in (2**22, 7):
         monkeypatch.setattr("svend.training.low_memory.CHUNK", chunk)
         parameter = nn.Parameter(torch.linspace(-1, 1, 60).view(6, 10))
         optimizer = RoundedAdamW([{"params": [parameter]}], 0.1, (0.9, 0.95), torch.float32, 0)
@@ -381,6 +385,32 @@ def test_without_torchao_int8_is_refused_with_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match=r"svend\[lowbit\]"):
         make_state(make_training(moment_precision=MomentPrecision.INT8))
+
+
+def test_a_version_of_bf16_weights_is_loaded_and_decoded_as_the_same_numbers(
+    tmp_path: Path,
+) -> None:
+    config = load_config({}, list({
+        "model.name": "svend-debug", "model.hidden_size": "64", "model.num_hidden_layers": "1",
+        "model.num_attention_heads": "4", "model.num_key_value_heads": "4",
+        "model.intermediate_size": "128", "model.vocab_size": "64",
+        "training.weight_precision": "bf16",
+    }.items()))
+    assert config.model is not None
+    model = ReasoningTransformer(TransformerConfig.from_model_config(config.model, None))
+    prepare_weights(model, replace(config.training, precision=Precision.BF16))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    write_weights(tmp_path / "model.pt", tmp_path / WEIGHTS)
+    loaded = load_version_model(tmp_path, config, CPU)
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype is torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.float())
+    tokens = []
+    for of in (loaded, model.eval()):
+        decoder = Decoder(of, lanes=1, max_length=32, precision=Precision.FP32)
+        (completion,) = decoder.generate([Request([1, 2, 3], PlainTurn(8))])
+        tokens.append(completion.tokens)
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.slow

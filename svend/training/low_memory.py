@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from svend.errors import ConfigError
 from svend.pipeline.config import Precision, TrainingConfig, WeightPrecision
 
-# Entries that a step computes at once: what it holds in fp32 beside the states stays small.
-CHUNK = 2**24
+# Entries that a step computes at once: what it holds in fp32 beside the states stays below 0.2 GB.
+CHUNK = 2**22
 # Odd, so that the low 32 bits, all that a CPU's generator takes, differ from seed to seed.
 SEED_STRIDE = 0x9E3779B1
 SEEDS = 2**63
@@ -217,8 +217,8 @@ def plain_tensors(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tens
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if hasattr(tensor, "codes"):
-            plain[f"{name}.codes"] = _sharded_as(parameter, tensor.codes)
-            plain[f"{name}.scale"] = _sharded_as(parameter, tensor.scale)
+            for part in ("codes", "scale"):
+                plain[f"{name}.{part}"] = _sharded_as(parameter, getattr(tensor, part))
         else:
             plain[name] = tensor if name == "step" else _sharded_as(parameter, tensor)
     return plain
