@@ -30,6 +30,7 @@ from svend.device import keep_freed_memory
 from svend.errors import UserError
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import BaseShape, TransformerConfig
+from svend.models.shards import local
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import (
     Compile,
@@ -41,7 +42,7 @@ from svend.pipeline.config import (
     WeightPrecision,
 )
 from svend.training.loop import train_steps
-from svend.training.low_memory import local, plain_tensors
+from svend.training.low_memory import plain_tensors
 from svend.training.state import TrainState, build_state
 
 Report = Callable[[str], None]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from svend.errors import ConfigError
+from svend.models.shards import is_sharded, local
 from svend.pipeline.config import Precision, TrainingConfig, WeightPrecision
 
 # Entries that a step computes at once: what it holds in fp32 beside the states stays below 0.2 GB.
@@ -42,8 +42,14 @@ def prepare_weights(model: nn.Module, training: TrainingConfig) -> None:
             "training.weight_precision=fp32"
         )
     for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.dim() < 2 or parameter.dtype is torch.bfloat16:
+            continue
+        if is_sharded(parameter):
+            raise ConfigError(
+                "training.weight_precision = bf16: weights cannot change their precision once they "
+                "are sharded; set training.parallel=ddp, or training.weight_precision=fp32"
+            )
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,11 +210,6 @@ def _put(
     tensor.copy_(updated if skipped is None else torch.where(skipped, tensor, updated))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds, the whole of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def plain_tensors(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a parameter's state by name, a quantized tensor as its codes and scales.
 
@@ -226,8 +227,10 @@ def plain_tensors(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tens
 
 def _sharded_as(parameter: Tensor, part: Tensor) -> Tensor:
     """Return this process's part of a state as a part of the whole, row by row."""
-    if not isinstance(parameter, DTensor) or isinstance(part, DTensor):
+    if not is_sharded(parameter) or is_sharded(part):
         return part
+    from torch.distributed.tensor import DTensor
+
     part = part.view(local(parameter).shape[0], -1)
     return DTensor.from_local(
         part, parameter.device_mesh, parameter.placements, run_check=False,

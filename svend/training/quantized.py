@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW4bit, AdamW8bit
 from torchao.optim.adam import single_param_adam
 
 from svend.errors import ConfigError
-from svend.training.low_memory import LowMemoryAdamW, local
+from svend.models.shards import is_sharded, local
+from svend.training.low_memory import LowMemoryAdamW
 
 # torchao quantizes no tensor of fewer entries.
 SMALLEST_QUANTIZED = 4096
@@ -119,7 +119,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 def _check_shards(parameter: nn.Parameter, block_size: int) -> None:
     """Raise ConfigError where some processes would quantize their part and others not."""
-    if not isinstance(parameter, DTensor) or parameter.dim() < 2:
+    if not is_sharded(parameter) or parameter.dim() < 2:
         return
     columns = math.prod(parameter.shape[1:])
     shards = math.prod(
