@@ -14,6 +14,7 @@ from svend.bench import (
     faults_command,
     gpu_report_command,
     parametrisation_command,
+    recipes_command,
 )
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, RankLost, UserError, one_line
@@ -185,6 +186,7 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
         "bench faults": faults_command.run,
+        "bench recipes": recipes_command.run,
         "bench --gpu-report": gpu_report_command.run,
     }
     return measured[name](known)
@@ -337,6 +339,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train models of several widths and depths at several learning rates.",
         epilog=parametrisation_command.TRANSFER_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    recipes_command.add_options(kinds.add_parser(
+        "recipes", help="what low-memory recipes cost in loss, beside AdamW in fp32",
+        description="Train by each recipe from the same seeds on the same data as AdamW in fp32.",
+        epilog=recipes_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     ))
     faults_command.add_options(kinds.add_parser(
         "faults", help="ladders with planted faults, and healthy ones",
