@@ -12,7 +12,7 @@ from svend import __version__
 from svend.bench import chaos_command, faults_command, parametrisation_command
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, UserError, one_line
-from svend.pipeline import exchange_command, sync_command
+from svend.pipeline import exchange_command, plan_command, sync_command
 from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -39,6 +39,7 @@ examples:
   python -m svend train --resume
   python -m svend validate --scale small
   python -m svend plan --scale xl --hparams hparams.yaml --training.max_steps 10000
+  python -m svend plan --scale flagship --gpu a100-80gb
 """
 EVALUATE_HELP = """\
 the settings are those that the version was trained with; any can be overridden, such as
@@ -141,12 +142,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "train", "train one scale as a tracked run",
         "Train one scale as a tracked run: plan, train, gate, save, register.",
     )
-    _config_command(
+    plan_command.add_options(_config_command(
         commands, "plan", "print what a run would do, without doing it",
         "Print the plan of a run: parameters, tokens, FLOPs, memory, and what becomes of a sweep's "
         "values (--hparams FILE). No weights are made and nothing is measured; data are read only "
-        "where training.max_steps is not set.",
-    )
+        "where training.max_steps is not set. With --gpu: memory by part, time, and the settings "
+        "that fit, on GPUs that need not be here; no data are read.",
+    ))
     _config_command(
         commands, "validate", "try what breaks runs, before one begins",
         "Check device, memory, disk, data, tokenizer, tracking store, a first step and a "
@@ -371,6 +373,11 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if resume not in ("true", "false", "force"):
             raise ConfigError(f"resume = {resume}: must be true, false or force")
         overrides = _overrides(rest)
+        if known.command == "plan":
+            if known.gpu is not None:
+                plan_command.run(known, groups, overrides)
+                return 0
+            plan_command.refuse_without_gpu(known)
         if getattr(known, "profile", None) is not None:
             overrides.append(("training.profile", known.profile))
         config = load_config(groups, overrides)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from svend.device import (
     describe_device,
     keep_freed_memory,
     peak_bytes,
+    resolve_device,
+    resolve_precision,
 )
 from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
@@ -74,6 +75,7 @@ from svend.pipeline.validation import (
     ValidationGate,
     ValidationResult,
 )
+from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
@@ -182,12 +184,11 @@ class ScaleRunner:
                     raise
                 reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
                           "room, and go on with resume=true")
-            except torch.OutOfMemoryError as error:
-                status = "FAILED"
-                reason = (
-                    f"out of memory on the device ({str(error).splitlines()[0][:160]}); lower "
-                    "training.batch_size or set training.gradient_checkpointing=true"
-                )
+            except (RuntimeError, MemoryError) as error:
+                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+                if not is_out_of_memory(error):
+                    raise
+                reason = self._explain_out_of_memory(error)
             except Interrupted as interruption:
                 status, reason = "KILLED", str(interruption)
             except BaseException as error:
@@ -214,6 +215,17 @@ class ScaleRunner:
             run_id=tracked.run_id if tracked else None,
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,
+        )
+
+    def _explain_out_of_memory(self, error: BaseException) -> str:
+        config = self.config.resolve() if self._job is None else self._job.config
+        device = resolve_device(config.training.device)
+        training = replace(
+            config.training, precision=resolve_precision(config.training.precision, device)
+        )
+        return explain_out_of_memory(
+            planned_model(config, self.model_factory), training, device,
+            None if self._job is None else self._job.plan, error,
         )
 
     def _prepare(
