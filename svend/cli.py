@@ -11,11 +11,12 @@ from typing import NoReturn
 from svend import __version__
 from svend.bench import chaos_command, faults_command, parametrisation_command
 from svend.bench import command as bench_command
-from svend.errors import ConfigError, Interrupted, UserError, one_line
+from svend.errors import ConfigError, Interrupted, RankLost, UserError, one_line
 from svend.pipeline import exchange_command, plan_command, sync_command
 from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
+    PipelineConfig,
     group_members,
     load_config,
     print_scale_comparison,
@@ -23,8 +24,10 @@ from svend.pipeline.config import (
 from svend.pipeline.interruption import EXIT_INTERRUPTED
 from svend.pipeline.ladder import command as ladder_command
 from svend.pipeline.ladder import predict_command
+from svend.pipeline.launcher import launch, read_processes
 from svend.pipeline.promotion import command as promotion_command
 from svend.pipeline.sweep import command as sweep_command
+from svend.ranks import find_place
 from svend.serving import command as serve_command
 
 OVERRIDE_HELP = """\
@@ -63,6 +66,8 @@ SHOWN = {
     "sync": sync_command.run, "predict": predict_command.run, "compare": compare_command.run,
 }
 WITHOUT_CONFIG = ("chaos", "scales", "bench", "coordcheck", "audit", *SHOWN)
+# What several processes can do together.
+SHARED = ("train", "ladder")
 ON_A_VERSION = ("evaluate", "promote", "serve")
 EXIT_USER_ERROR = 1
 
@@ -88,9 +93,61 @@ def _run(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str
         return _on_a_version(known, rest)
     if known.command == "sweep":
         return _sweep(known, rest, arguments)
+    if known.command in SHARED:
+        code = _share(known, rest, arguments)
+        if code is not None:
+            return code
     if known.command == "ladder":
         return _ladder(known, rest)
     return _run_pipeline(known, rest)
+
+
+def _share(
+    known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]
+) -> int | None:
+    """Start the processes of a command, or do the share of one that is not the first.
+
+    None for a process that is to run the command: alone, or as the first.
+    """
+    place, processes = find_place(), read_processes(known.nproc)
+    looks = list(rest[:1]) == ["status"] or getattr(known, "dry_run", "false") == "true"
+    if looks or (place.leads and (place.size > 1 or processes == 1)):
+        return None
+    # Here, what does not fit is said once, and at once.
+    config = _shared_config(known, rest)
+    if place.size == 1:
+        return launch(processes, [known.command, *arguments], config.grace_seconds)
+    from svend.pipeline.runner import follow_runs
+
+    try:
+        follow_runs(config, once=known.command == "train")
+    except RankLost:
+        return EXIT_USER_ERROR  # the first has died, or has said which one did
+    except Exception as error:  # noqa: BLE001 - told in one line: the first says what comes of it
+        print(f"error: rank {place.rank}: {type(error).__name__}: {one_line(error)}",
+              file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _shared_config(known: argparse.Namespace, rest: Sequence[str]) -> PipelineConfig:
+    overrides = _config_overrides(known, rest)
+    if known.command == "train":
+        return load_config(_groups(known), overrides)
+    ladder = ladder_command.load(known, _groups(known), overrides)
+    return ladder.rungs[ladder.config.start]
+
+
+def _groups(known: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+
+
+def _config_overrides(known: argparse.Namespace, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what the command line sets of the configuration."""
+    overrides = _overrides(rest)
+    if getattr(known, "profile", None) is not None:
+        overrides.append(("training.profile", known.profile))
+    return overrides
 
 
 def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -158,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="true", default="false", metavar="true|false|force",
         help="go on with the newest unfinished run of this experiment and scale",
     )
+    _add_nproc(train)
     train.add_argument(
         "--force-resume", action="store_true",
         help="resume also where settings, data or tokenizer are others; put on record in the run",
@@ -190,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         "on.", ladder_command.HELP,
     )
     ladder_command.add_options(ladder)
+    _add_nproc(ladder)
     for name, summary, description, epilog, add_options in (
         ("promote", "move a version up the levels, with evidence",
          "Have a version of the registry climb, level by level, each decided by its gates on that "
@@ -285,6 +344,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc", default="1", metavar="N",
+        help="processes on this machine, one per GPU, that share each step (1); under torchrun or "
+             "srun, which start them, leave it out",
+    )
+
+
 def _config_command(
     commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str,
     epilog: str = OVERRIDE_HELP,
@@ -327,7 +394,7 @@ def _on_a_version(known: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[str]) -> int:
     try:
-        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        groups = _groups(known)
         sweep_command.run(known, groups, _overrides(rest), arguments)
     except UserError as error:
         if not known.join:
@@ -341,7 +408,7 @@ def _sweep(known: argparse.Namespace, rest: Sequence[str], arguments: Sequence[s
 
 def _ladder(known: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
-        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        groups = _groups(known)
         status = list(rest[:1]) == ["status"]
         reason = ladder_command.run(known, groups, _overrides(rest[status:]), status=status)
     except UserError as error:
@@ -366,20 +433,18 @@ def _end_joined_run(error: UserError) -> None:
 
 def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
-        groups = {name: getattr(known, name) for name in GROUP_HELP if getattr(known, name)}
+        groups = _groups(known)
         resume = getattr(known, "resume", "false")
         if getattr(known, "force_resume", False):
             resume = "force"
         if resume not in ("true", "false", "force"):
             raise ConfigError(f"resume = {resume}: must be true, false or force")
-        overrides = _overrides(rest)
+        overrides = _config_overrides(known, rest)
         if known.command == "plan":
             if known.gpu is not None:
                 plan_command.run(known, groups, overrides)
                 return 0
             plan_command.refuse_without_gpu(known)
-        if getattr(known, "profile", None) is not None:
-            overrides.append(("training.profile", known.profile))
         config = load_config(groups, overrides)
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import ScaleRunner

@@ -37,6 +37,10 @@ class HealthError(UserError, RuntimeError):
     """A run that look after look is outside the bounds that the configuration sets its health."""
 
 
+class RankLost(UserError, RuntimeError):
+    """A process of the run has ended before the others."""
+
+
 class TrialPruned(UserError):
     """A trial of a sweep that is not worth going on with; no failure."""
 

@@ -204,7 +204,7 @@ def curve(
         compute_in_float8(model.blocks, emulated=True)
     if compiled:
         model.compile_blocks()
-    stream = BatchStream(PackedSequences(tokens, data, seed), 4)
+    stream = BatchStream(PackedSequences(tokens, data, seed), 4, 2)
     state = build_state(model, stream, training, steps, CPU)
     return (float(metrics.loss) for metrics in train_steps(state, training, steps))
 

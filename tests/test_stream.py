@@ -262,26 +262,37 @@ def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(
         assert torch.equal(measured.documents_BT, expected.documents_BT)
 
 
-@settings(max_examples=20, deadline=None)
-@given(ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), later=st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_the_global_batch_is_the_same_on_any_number_of_ranks(
-    corpus: Corpus, ranks: int, later: int
+@settings(max_examples=30, deadline=None)
+@given(
+    batch_size=st.integers(1, 5), accumulation=st.integers(1, 4), ranks=st.integers(1, 9),
+    later=st.integers(1, 9),
+)
+def test_the_sequences_of_a_step_are_the_same_on_any_number_of_ranks(
+    corpus: Corpus, batch_size: int, accumulation: int, ranks: int, later: int
 ) -> None:
     sequences = PackedSequences(corpus.train, embedded_data(), 0)
+    per_step = batch_size * accumulation
 
-    def global_batch(streams: list[BatchStream]) -> list[bytes]:
-        rows = [row for stream in streams for row in next(stream).tokens_BT]
+    def streams_of(count: int) -> list[BatchStream]:
+        return [BatchStream(sequences, batch_size, accumulation, rank, count)
+                for rank in range(count)]
+
+    def step(streams: list[BatchStream]) -> list[bytes]:
+        assert len({stream.passes for stream in streams}) == 1
+        batches = [next(stream) for stream in streams for _ in range(stream.passes)]
+        assert max(len(batch.tokens_BT) for batch in batches) <= batch_size
+        rows = [row for batch in batches if batch.predicted_tokens for row in batch.tokens_BT]
         return [row.numpy().tobytes() for row in rows]
 
-    streams = [BatchStream(sequences, 12 // ranks, rank, ranks) for rank in range(ranks)]
-    for step in range(2):
-        assert global_batch(streams) == row_keys(sequences, 12 * step, 12)
+    streams = streams_of(ranks)
+    for number in range(2):
+        assert step(streams) == row_keys(sequences, per_step * number, per_step)
     states = [stream.state_dict() for stream in streams]
     assert all(state == states[0] for state in states)
-    resumed = [BatchStream(sequences, 12 // later, rank, later) for rank in range(later)]
+    resumed = streams_of(later)
     for stream in resumed:
         stream.load_state_dict(states[0])
-    assert global_batch(resumed) == row_keys(sequences, 24, 12)
+    assert step(resumed) == row_keys(sequences, 2 * per_step, per_step)
 
 
 def test_documents_that_all_exceed_the_row_are_refused_where_they_are_dropped(

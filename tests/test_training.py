@@ -76,7 +76,9 @@ def make_state(
     training: TrainingConfig, total_steps: int, *, dropout: float = 0.0, seed: int = 0,
     documents: int = 60,
 ) -> TrainState:
-    stream = BatchStream(make_sequences(documents), training.batch_size)
+    stream = BatchStream(
+        make_sequences(documents), training.batch_size, training.gradient_accumulation_steps
+    )
     return build_state(make_model(dropout, seed), stream, training, total_steps, CPU)
 
 

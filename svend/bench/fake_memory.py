@@ -7,11 +7,13 @@ real ones; moments of lower precision than fp32 are stand-ins of their size.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.weak import WeakIdKeyDictionary
 
 from svend.bench.memory_check import MemoryCheck
 from svend.device import autocast
@@ -30,6 +32,19 @@ from svend.planning.memory import MOMENT_BYTES, MemoryPlan, predict_memory
 from svend.training.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
+
+
+class _TotalTracker(MemTracker):
+    """Keeps the peak of all tensors alone; each module's too takes time by the square of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._no_modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        modules, self.memory_tracking = self.memory_tracking, self._no_modules
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
 
 
 def check_scale(scale: ModelScale) -> MemoryCheck:
@@ -62,7 +77,7 @@ def track_peak(config: ModelConfig, training: TrainingConfig) -> int:
         optimizer, moments = _optimizer_state(model, training)
         if training.gradient_accumulation_steps == 1:
             model.zero_grad(set_to_none=True)
-        tracker = MemTracker()
+        tracker = _TotalTracker()
         tracker.track_external(model, *moments, *([optimizer] if optimizer else ()))
         with tracker:
             ids_BT = torch.zeros(training.batch_size, length, dtype=torch.int64)

@@ -128,6 +128,11 @@ class PackedSequences:
         labels_BT[:, :-1].masked_fill_(~learnt_BT[:, 1:], IGNORE_LABEL)
         return Batch(tokens_BT, labels_BT, documents_BT)
 
+    def empty_batch(self) -> Batch:
+        """Return a sequence that holds no token."""
+        tokens_BT = torch.zeros((1, self._length), dtype=torch.int64)
+        return Batch.of(tokens_BT, torch.full_like(tokens_BT, PADDING_DOCUMENT))
+
     def first(self, count: int) -> Iterator[Batch]:
         """Yield the first `count` sequences, or all if there are fewer, one to a batch."""
         return (self.batch(number, 1) for number in range(min(count, len(self))))
@@ -256,37 +261,52 @@ class _KindRows:
 class BatchStream:
     """An endless iterator of micro-batches whose state is the number of the next sequence.
 
-    Of several ranks each takes its own slice of every micro-batch of `ranks * batch_size`
-    sequences. What comes next is made meanwhile, in a thread of its own.
+    An optimizer step takes `accumulation * batch_size` sequences, however many processes there are:
+    each of the `ranks` takes its share of them, in `passes` micro-batches. What comes next is made
+    meanwhile, in a thread of its own.
     """
 
     def __init__(
-        self, sequences: PackedSequences, batch_size: int, rank: int = 0, ranks: int = 1
+        self, sequences: PackedSequences, batch_size: int, accumulation: int = 1, rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self._sequences = sequences
-        self._batch_size, self._rank, self._ranks = batch_size, rank, ranks
+        self._sequences_per_step = accumulation * batch_size
+        self._shares = deal_step(self._sequences_per_step, batch_size, rank, ranks)
         self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[Batch]] = deque()
+        self._read = 0  # micro-batches of the step that is under way
         self.next_sequence = 0
         self.waited_seconds = 0.0
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of an optimizer step: the same for each rank."""
+        return len(self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         while len(self._ahead) < 1 + BATCHES_AHEAD:
-            first = self.next_sequence + len(self._ahead) * self._stride
-            first += self._rank * self._batch_size
-            self._ahead.append(self._maker.submit(self._sequences.batch, first, self._batch_size))
+            self._ahead.append(self._begin(self._read + len(self._ahead)))
         started_seconds = time.perf_counter()
         batch = self._ahead.popleft().result()
         self.waited_seconds += time.perf_counter() - started_seconds
-        self.next_sequence += self._stride
+        self._read += 1
+        if self._read == self.passes:
+            self._read = 0
+            self.next_sequence += self._sequences_per_step
         return batch
 
-    @property
-    def _stride(self) -> int:
-        return self._ranks * self._batch_size
+    def _begin(self, number: int) -> Future[Batch]:
+        """Begin to make a micro-batch, by its number from the start of this step on."""
+        step, place = divmod(number, self.passes)
+        share = self._shares[place]
+        if not share:
+            return self._maker.submit(self._sequences.empty_batch)
+        first = self.next_sequence + step * self._sequences_per_step + share.start
+        return self._maker.submit(self._sequences.batch, first, len(share))
 
     @property
     def epoch(self) -> int:
@@ -298,11 +318,29 @@ class BatchStream:
         return self._sequences.epochs_by_source(self.next_sequence)
 
     def state_dict(self) -> dict[str, int]:
+        """Return the state between two optimizer steps."""
+        assert self._read == 0
         return {"next_sequence": self.next_sequence}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.next_sequence = operator.index(state["next_sequence"])
         self._ahead.clear()
+        self._read = 0
+
+
+def deal_step(sequences: int, batch_size: int, rank: int, ranks: int) -> list[range]:
+    """Return the share of a rank in the sequences of an optimizer step, pass by pass.
+
+    Shares differ by one sequence at most. Every rank has as many passes as the others, of at most
+    `batch_size` sequences each: the last may hold fewer, or none.
+    """
+    share, more = divmod(sequences, ranks)
+    first, count = rank * share + min(rank, more), share + (rank < more)
+    longest = share + (more > 0)
+    return [
+        range(first + done, first + min(done + batch_size, count))
+        for done in range(0, longest, batch_size)
+    ]
 
 
 def next_token_labels(tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:

@@ -27,6 +27,16 @@ class HeldoutLoss:
     sums: tuple[float, ...]
     predicted: tuple[int, ...]
 
+    @classmethod
+    def of(cls, measured: Iterable[tuple[float, int]]) -> HeldoutLoss:
+        """Return the loss of sums and counts. Raises DataError if no token is predicted."""
+        rows = list(measured)
+        if not any(count for _, count in rows):
+            raise DataError(
+                "the held-out part predicts no token; give longer held-out documents"
+            )
+        return cls(tuple(summed for summed, _ in rows), tuple(count for _, count in rows))
+
     @property
     def tokens(self) -> int:
         return sum(self.predicted)
@@ -67,6 +77,13 @@ def measure_heldout_loss(
 
     Each batch weighs by its tokens. Raises DataError if no token is predicted.
     """
+    return HeldoutLoss.of(sum_heldout_losses(model, batches, precision, device))
+
+
+def sum_heldout_losses(
+    model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
+) -> list[tuple[float, int]]:
+    """Return, of each batch, the summed loss and how many tokens it predicts."""
     was_training = model.training
     model.eval()
     sums, tokens = [], []
@@ -80,9 +97,7 @@ def measure_heldout_loss(
                 tokens.append(batch.predicted_tokens)
     finally:
         model.train(was_training)
-    if sum(tokens) == 0:
-        raise DataError("the held-out part predicts no token; give longer held-out documents")
-    return HeldoutLoss(tuple(float(summed) for summed in sums), tuple(tokens))
+    return [(float(summed), count) for summed, count in zip(sums, tokens, strict=True)]
 
 
 def measure_gradient_norm(

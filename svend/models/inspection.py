@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svend.device import to_device
 from svend.models.attention import seen_keys
+from svend.models.shards import gathered
 from svend.models.transformer import Block, ReasoningTransformer
 
 # What is written out grows with the square of the length.
@@ -77,24 +78,28 @@ def open_blocks(
     model: ReasoningTransformer, tokens_BT: Tensor, documents_BT: Tensor
 ) -> Iterator[OpenBlock]:
     """Yield what each block computes on a batch."""
-    x_BTD, cos_B1TS, sin_B1TS, layout = model.embed(tokens_BT, documents_BT)
+    with gathered(model):
+        x_BTD, cos_B1TS, sin_B1TS, layout = model.embed(tokens_BT, documents_BT)
     seen_BTW = seen_keys(layout.starts_BT, slice(0, tokens_BT.shape[1]), 0)
     for block in model.blocks:
         assert isinstance(block, Block)
-        attention = block.attention
-        q_BHTS, k_BKTS, v_BKTS = attention.project(
-            block.attention_norm(x_BTD), cos_B1TS, sin_B1TS
-        )
-        scores_BHTW, p_BHTW, out_BHTS = _attend(q_BHTS, k_BKTS, v_BKTS, seen_BTW)
-        attention_BTD = block.residual_factor * attention.join(out_BHTS)
-        middle_BTD = x_BTD + attention_BTD
-        feed_forward_BTD = block.residual_factor * block.feed_forward(
-            block.feed_forward_norm(middle_BTD)
-        )
-        yield OpenBlock(
-            x_BTD, seen_BTW, scores_BHTW, p_BHTW, attention_BTD, feed_forward_BTD
-        )
-        x_BTD = middle_BTD + feed_forward_BTD
+        with gathered(block):
+            opened = _open(block, x_BTD, (cos_B1TS, sin_B1TS), seen_BTW)
+        yield opened
+        x_BTD = x_BTD + opened.attention_BTD + opened.feed_forward_BTD
+
+
+def _open(
+    block: Block, x_BTD: Tensor, tables_B1TS: tuple[Tensor, Tensor], seen_BTW: Tensor
+) -> OpenBlock:
+    attention = block.attention
+    q_BHTS, k_BKTS, v_BKTS = attention.project(block.attention_norm(x_BTD), *tables_B1TS)
+    scores_BHTW, p_BHTW, out_BHTS = _attend(q_BHTS, k_BKTS, v_BKTS, seen_BTW)
+    attention_BTD = block.residual_factor * attention.join(out_BHTS)
+    feed_forward_BTD = block.residual_factor * block.feed_forward(
+        block.feed_forward_norm(x_BTD + attention_BTD)
+    )
+    return OpenBlock(x_BTD, seen_BTW, scores_BHTW, p_BHTW, attention_BTD, feed_forward_BTD)
 
 
 def _attend(

@@ -22,6 +22,7 @@ from svend.models.attention import Layout, attend, lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
 from svend.models.parametrisation import ScalingRules, group_of, scaling_rules
+from svend.models.shards import part_of
 from svend.pipeline.config import CheckpointingPolicy
 
 
@@ -133,8 +134,22 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
         self.checkpointing: CheckpointingPolicy | None = None
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def compile_whole(self) -> None:
+        """Compile what training calls; without gradients, compiling once more would gain nothing.
+
+        Not the module's own call, in which a sharded block gathers its weights.
+        """
+        self._compiled = torch.compile(self._run, dynamic=False)
 
     def forward(
+        self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
+    ) -> Tensor:
+        compiled = self._compiled if torch.is_grad_enabled() else None
+        return (compiled or self._run)(x_BTD, cos_B1TS, sin_B1TS, layout, fused)
+
+    def _run(
         self, x_BTD: Tensor, cos_B1TS: Tensor, sin_B1TS: Tensor, layout: Layout, fused: bool
     ) -> Tensor:
         inputs = (x_BTD, cos_B1TS, sin_B1TS, layout, fused)
@@ -213,7 +228,7 @@ class ReasoningTransformer(nn.Module):
             std = self.rules.init_std[group_of(name, parameter)]
             drawn.normal_(0.0, std, generator=generator)
             with torch.no_grad():
-                parameter.copy_(drawn)
+                parameter.copy_(part_of(drawn, parameter))
 
     def forward(
         self,
@@ -240,8 +255,9 @@ class ReasoningTransformer(nn.Module):
         """Return the normed hidden states before the head, (batch, positions, hidden)."""
         x_BTD, cos_B1TS, sin_B1TS, layout = self.embed(tokens_BT, documents_BT)
         for block in self.blocks:
-            x_BTD = self._compiled_in_training(block)(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
-        out_BTD: Tensor = self._compiled_in_training(self.final_norm)(x_BTD)
+            x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
+        compiled = self.fused and torch.is_grad_enabled()
+        out_BTD: Tensor = (self.final_norm if compiled else self.final_norm.forward)(x_BTD)
         return out_BTD
 
     def embed(
@@ -260,10 +276,6 @@ class ReasoningTransformer(nn.Module):
         cos_B1TS, sin_B1TS = (table.to(x_BTD.dtype) for table in tables)
         return x_BTD, cos_B1TS, sin_B1TS, layout
 
-    def _compiled_in_training(self, part: nn.Module) -> Callable[..., Tensor]:
-        """Return what to call: without gradients, compiling once more would gain nothing."""
-        return part.forward if self.fused and not torch.is_grad_enabled() else part
-
     def checkpoint_blocks(self, policy: CheckpointingPolicy | None) -> None:
         """Set what training computes again in the backward pass; None keeps everything."""
         for block in self.blocks:
@@ -276,5 +288,7 @@ class ReasoningTransformer(nn.Module):
         Seconds instead of a compilation per layer.
         """
         self.fused = True
-        for block in (*self.blocks, self.final_norm):
-            block.compile(dynamic=False)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_whole()
+        self.final_norm.compile(dynamic=False)

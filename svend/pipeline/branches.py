@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
-from svend.evaluation.heldout import measure_heldout_loss
 from svend.pipeline.config import Branch
 from svend.pipeline.job import Job
-from svend.training.loop import train_steps
-from svend.training.schedules import learning_rate_factor
+from svend.pipeline.replica import load_state, measure_heldout, stage_steps
 from svend.training.state import Horizon
 
 
@@ -34,36 +31,16 @@ def follow_branch(job: Job, branch: Branch, is_stopped: Callable[[], bool]) -> H
     Returns the horizon, which is in the run's state and in its record; None, and neither, where
     `is_stopped` became true on the way.
     """
-    state, training = job.state, job.config.training
     started_seconds = time.perf_counter()
-    of_run = state.scheduler.lr_lambdas
-    decay = partial(
-        learning_rate_factor, total_steps=job.plan.total_steps, training=training, end=branch.end
-    )
-
-    def factor(step: int) -> float:
-        return min(of_run[0](step), decay(step))  # never above the run's own rate
-
-    state.scheduler.lr_lambdas = [factor] * len(of_run)
     horizon = None
-    try:
-        for _ in train_steps(state, training, branch.end):
-            if is_stopped():
-                break
-        else:
-            measured = measure_heldout_loss(
-                state.model, job.heldout.first(training.heldout_sequences), training.precision,
-                job.device,
-            )
-            horizon = horizon_at(job, branch.end, measured.loss)
-    finally:
-        state.scheduler.lr_lambdas = of_run
-    _, _, extra = job.manager.load_latest(
-        state.model, state.optimizer, state.scheduler, state.scaler
-    )
-    state.load_extra_state(extra)
+    for _ in stage_steps(job, branch.end, decays_to=branch.end):
+        if is_stopped():
+            break
+    else:
+        horizon = horizon_at(job, branch.end, job.call(measure_heldout).loss)
+    job.call(load_state, job.manager.find_latest().path)
     if horizon is not None:
-        state.horizons.append(horizon)
+        job.state.horizons.append(horizon)
         record_horizon(job, horizon)
         job.tracked.log_metrics(
             {"horizon/seconds": time.perf_counter() - started_seconds}, horizon.step

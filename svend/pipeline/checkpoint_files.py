@@ -31,6 +31,8 @@ METADATA = "metadata.json"
 METADATA_SHA256 = "metadata_sha256"
 MODEL = "model.pt"
 EXTRA_STATE = "extra_state.pt"  # in every checkpoint
+# Of one that was written in parts: what is not sharded, and where the parts lie.
+LAYOUT, PARTS_INDEX, PART_SUFFIX = "layout.pt", ".metadata", ".distcp"
 METADATA_TYPES = {"checkpoint_id": str, "sequence": int, "step": int, "epoch": int,
                   "metrics": dict, "created": str, "files": dict}
 ENTRY_TYPES = {"sha256": str, "bytes": int}
@@ -58,11 +60,23 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        """The hash of the weights' file: what a verdict and a registered version refer to."""
-        if MODEL not in self.files:
+        """The hash of the weights' file: what a verdict and a registered version refer to.
+
+        Of parts, until they are put together, it is that of their hashes.
+        """
+        if MODEL in self.files:
+            digest: str = self.files[MODEL]["sha256"]
+            return digest
+        if not self.in_parts:
             raise CheckpointError(f"{self.path}: was saved without a model")
-        digest: str = self.files[MODEL]["sha256"]
-        return digest
+        parts = {name: entry["sha256"] for name, entry in self.files.items()
+                 if name.endswith(PART_SUFFIX) or name == PARTS_INDEX}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether several processes each wrote a part of model and optimizer."""
+        return LAYOUT in self.files
 
     @property
     def bytes(self) -> int:
@@ -97,6 +111,15 @@ def read_metadata(path: Path) -> Checkpoint:
 def metadata_bytes(metadata: dict[str, Any]) -> bytes:
     """Return the content of a metadata file, which ends with a hash of itself."""
     return json.dumps({**metadata, METADATA_SHA256: _metadata_sha256(metadata)}, indent=1).encode()
+
+
+def write_metadata(checkpoint: Checkpoint) -> None:
+    """Write anew what a checkpoint says of itself, whole or not at all."""
+    told = {name: value for name, value in vars(checkpoint).items() if name != "path"}
+    writing = checkpoint.path / f".writing-{METADATA}"
+    write_bytes(writing, metadata_bytes(told))
+    writing.replace(checkpoint.path / METADATA)
+    flush_folder(checkpoint.path)
 
 
 def _metadata_sha256(metadata: dict[str, Any]) -> str:
@@ -339,6 +362,11 @@ def write_state(path: Path, state: Any) -> dict[str, Any]:
     torch.save(state, path)
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+    return hash_file(path)
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Return a file's hash and size."""
     return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 
 from svend.errors import CheckpointError, ConfigError
+from svend.models.shards import is_sharded
 from svend.pipeline.checkpoint_files import (
     EXTRA_STATE,
     METADATA,
@@ -46,6 +47,7 @@ from svend.pipeline.checkpoint_files import (
 )
 from svend.pipeline.config import FullDisk
 from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, reach_drive
+from svend.pipeline.sharded_files import PartialSave, consolidate_weights, read_state_of
 from svend.pipeline.state_files import read_state
 
 __all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
@@ -74,10 +76,13 @@ class _Content:
     epoch: int
     metrics: dict[str, float]
     states: dict[str, Any]
+    partial: PartialSave | None
 
     @property
     def bytes(self) -> int:
         """What it takes on the disk, a little more than its tensors."""
+        if self.partial is not None:
+            return self.partial.bytes + BYTES_BESIDE_TENSORS
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in _tensors_in(self.states)
@@ -139,15 +144,19 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         extra_state: Mapping[str, Any] | None = None,
         scaler: Stateful | None = None,
+        *,
+        partial: PartialSave | None = None,
     ) -> str:
         """Save what is given; return the checkpoint's id, such as `step_00001000`.
+
+        partial: model and optimizer, which every process writes its part of, into `prepare_folder`.
 
         Raises CheckpointError, and leaves what was there, if the disk is full or not writable, or
         if something given could not be loaded again.
         """
         self._wait_for_background()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        return self._write(_content(parts, step, epoch, metrics, extra_state))
+        return self._write(_content(parts, step, epoch, metrics, extra_state, partial))
 
     def save_in_background(
         self,
@@ -159,6 +168,8 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         extra_state: Mapping[str, Any] | None = None,
         scaler: Stateful | None = None,
+        *,
+        partial: PartialSave | None = None,
     ) -> Future[str]:
         """Copy what is given into main memory, and save the copy while the caller goes on.
 
@@ -167,7 +178,7 @@ class CheckpointManager:
         """
         self._wait_for_background()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        content = _content(parts, step, epoch, metrics, extra_state)
+        content = _content(parts, step, epoch, metrics, extra_state, partial)
         try:
             content = replace(content, states=self._snapshots.take(content.states))
         except TypeError as error:
@@ -177,6 +188,26 @@ class CheckpointManager:
             ) from error
         self._saving = self._background.submit(self._write, content)
         return self._saving
+
+    def prepare_folder(self, step: int, size_bytes: int) -> Path:
+        """Return a folder for the parts of a checkpoint of this size, which `save` then completes.
+
+        Raises CheckpointError where the disk has no room for it.
+        """
+        self._wait_for_background()
+        place = self.output_dir / _checkpoint_id(step)
+        needed_bytes = size_bytes + BYTES_BESIDE_TENSORS
+        if self._missing_bytes(needed_bytes) > 0 and not (
+            self.on_full_disk is FullDisk.PRUNE and self._make_room(needed_bytes)
+        ):
+            raise self._full_disk(place, needed_bytes)
+        writing = writing_place(place)
+        shutil.rmtree(writing, ignore_errors=True)
+        try:
+            writing.mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(place, error) from error
+        return writing
 
     def _wait_for_background(self) -> None:
         if self._saving is not None:
@@ -188,14 +219,16 @@ class CheckpointManager:
         try:
             checkpoint_id = self._write_once(content)
         except FullDiskError as error:
-            if self.on_full_disk is not FullDisk.PRUNE or not self._make_room(content):
+            # Parts are gathered once: there was room for them, or they were not begun.
+            prunes = self.on_full_disk is FullDisk.PRUNE and content.partial is None
+            if not prunes or not self._make_room(content.bytes):
                 raise
             warnings.warn(f"{error.what}; older checkpoints were removed for it", stacklevel=3)
             checkpoint_id = self._write_once(content)
         self.write_seconds = time.perf_counter() - started_seconds
         return checkpoint_id
 
-    def _make_room(self, content: _Content) -> bool:
+    def _make_room(self, needed_bytes: int) -> bool:
         """Remove the oldest checkpoints until a new one fits; return whether it does.
 
         The newest that is intact stays, and the best, and what is being read.
@@ -204,30 +237,38 @@ class CheckpointManager:
         intact = next(filter(_is_intact, reversed(checkpoints)), None)
         best = self._best_of(checkpoints)
         for checkpoint in checkpoints:
-            if self._missing_bytes(content) <= 0:
+            if self._missing_bytes(needed_bytes) <= 0:
                 break
             if (intact is not None and checkpoint not in (intact, best)
                     and checkpoint.checkpoint_id not in self._in_use()):
                 remove_checkpoints([checkpoint])
-        return self._missing_bytes(content) <= 0
+        return self._missing_bytes(needed_bytes) <= 0
 
     def _in_use(self) -> set[str]:
         return set()
 
-    def _missing_bytes(self, content: _Content) -> int:
+    def _missing_bytes(self, needed_bytes: int) -> int:
         places = (self.output_dir, *self.output_dir.parents)
         existing = next(path for path in places if os.path.lexists(path))
-        return content.bytes - shutil.disk_usage(existing).free
+        return needed_bytes - shutil.disk_usage(existing).free
+
+    def _full_disk(self, place: Path, needed_bytes: int) -> FullDiskError:
+        return FullDiskError(
+            f"{place}: the disk is full, the checkpoint needs {format_bytes(needed_bytes)}, "
+            f"{format_bytes(self._missing_bytes(needed_bytes))} are missing"
+        )
 
     def _write_once(self, content: _Content) -> str:
-        checkpoint_id = f"step_{content.step:08d}"
-        writing = writing_place(self.output_dir / checkpoint_id)
+        checkpoint_id = _checkpoint_id(content.step)
+        place = self.output_dir / checkpoint_id
+        writing = writing_place(place)
         try:
-            if self._missing_bytes(content) > 0:
+            if content.partial is None and self._missing_bytes(content.bytes) > 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            writing.mkdir(parents=True)
-            files = {f"{name}.pt": write_state(writing / f"{name}.pt", state)
-                     for name, state in content.states.items()}
+            writing.mkdir(parents=True, exist_ok=content.partial is not None)
+            files = {} if content.partial is None else content.partial.result()
+            files |= {f"{name}.pt": write_state(writing / f"{name}.pt", state)
+                      for name, state in content.states.items()}
             check_loadable(writing / EXTRA_STATE, content.states["extra_state"])
             metadata = {
                 "checkpoint_id": checkpoint_id,
@@ -240,27 +281,20 @@ class CheckpointManager:
             }
             write_bytes(writing / METADATA, metadata_bytes(metadata))
             flush_folder(writing)
-            move_into_place(writing, self.output_dir / checkpoint_id)
+            move_into_place(writing, place)
         except CheckpointError:
             raise
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise CheckpointError(
-                f"{self.output_dir / checkpoint_id}: holds what cannot be saved "
+                f"{place}: holds what cannot be saved "
                 f"({reason_of(error)}); give tensors, numbers, strings, lists and dicts of them"
             ) from error
         except (OSError, RuntimeError) as error:
             # torch.save raises RuntimeError where the disk is full.
             shutil.rmtree(writing, ignore_errors=True)
-            missing = self._missing_bytes(content)
-            if missing > 0:
-                raise FullDiskError(
-                    f"{self.output_dir / checkpoint_id}: the disk is full, the checkpoint needs "
-                    f"{format_bytes(content.bytes)}, {format_bytes(missing)} are missing"
-                ) from error
-            raise CheckpointError(
-                f"{self.output_dir / checkpoint_id}: cannot be written ({reason_of(error)}); make "
-                "room, or choose another checkpoint_dir; earlier checkpoints are untouched"
-            ) from error
+            if self._missing_bytes(content.bytes) > 0:
+                raise self._full_disk(place, content.bytes) from error
+            raise _unwritable(place, error) from error
         finally:
             shutil.rmtree(writing, ignore_errors=True)
         self._saved(checkpoint_id)
@@ -291,15 +325,18 @@ class CheckpointManager:
         A damaged one is named in a warning and passed over, one not `wanted` in silence. Raises
         CheckpointError if none is left.
         """
+        checkpoint = self.find_latest(wanted)
+        return self.load(checkpoint, model, optimizer, scheduler, scaler)
+
+    def find_latest(self, wanted: Callable[[Checkpoint], bool] = lambda _: True) -> Checkpoint:
+        """Return the newest checkpoint that is intact, as `load_latest` does."""
         for checkpoint in filter(wanted, reversed(self._look())):
             try:
-                intact = self._intact(checkpoint)
+                return self._intact(checkpoint)
             except UnreachableError:
                 raise  # it may well be intact: no reason to go back to an older one
             except CheckpointError as error:
-                warnings.warn(f"{error}; using the one before it", stacklevel=2)
-                continue
-            return self.load(intact, model, optimizer, scheduler, scaler)
+                warnings.warn(f"{error}; using the one before it", stacklevel=3)
         raise CheckpointError(f"{self.output_dir}: no intact checkpoint to load")
 
     def load_best(
@@ -326,29 +363,19 @@ class CheckpointManager:
         scaler: Stateful | None = None,
     ) -> tuple[int, int, dict[str, Any]]:
         """Load what is given from a verified checkpoint; no pickled code is ever run."""
-        parts: dict[str, Stateful | nn.Module | None] = {
+        return load_parts(checkpoint, {
             "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
-        }
-        wanted = {name: part for name, part in parts.items() if part is not None}
-        for name in wanted:
-            if f"{name}.pt" not in checkpoint.files:
-                raise CheckpointError(
-                    f"{checkpoint.path}: was saved without {name}.pt; load it without {name}"
-                )
-        # All are read before the first is changed.
-        states = {name: read_state(checkpoint.path / f"{name}.pt") for name in wanted}
-        extra_state = read_state(checkpoint.path / EXTRA_STATE)
-        if not isinstance(extra_state, dict):
-            raise CheckpointError(f"{checkpoint.path / EXTRA_STATE}: holds no state")
-        for name, part in wanted.items():
-            try:
-                part.load_state_dict(states.pop(name))
-            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{checkpoint.path / name}.pt does not fit this {name}: "
-                    f"{' '.join(str(error).split())[:300]}"
-                ) from None
-        return checkpoint.step, checkpoint.epoch, extra_state
+        })
+
+    def consolidate(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint that holds the weights in one file, put together from its parts."""
+        if MODEL in checkpoint.files:
+            return checkpoint
+        whole = self._intact(checkpoint)
+        try:
+            return consolidate_weights(whole)
+        except OSError as error:
+            raise _unwritable(whole.path / MODEL, error) from error
 
     def print_summary(self) -> None:
         """Print a line for each checkpoint, the best one marked."""
@@ -565,13 +592,63 @@ def _content(
     epoch: int,
     metrics: Mapping[str, float] | None,
     extra_state: Mapping[str, Any] | None,
+    partial: PartialSave | None,
 ) -> _Content:
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     return _Content(
         _whole_number("step", step),
         _whole_number("epoch", epoch),
         {name: _number(name, value) for name, value in (metrics or {}).items()},
-        {**states, "extra_state": dict(extra_state or {})},
+        {**states, "extra_state": dict(extra_state or {}),
+         **({} if partial is None else {"layout": partial.layout})},
+        partial,
+    )
+
+
+def load_parts(
+    checkpoint: Checkpoint, parts: Mapping[str, Stateful | nn.Module | None]
+) -> tuple[int, int, dict[str, Any]]:
+    """Load what is given, by its name, from a verified checkpoint; None for what is not wanted.
+
+    Saved whole or in parts, it is loaded whole or in parts, as model and optimizer are laid out.
+    Where several processes each hold a part, each calls this.
+    """
+    wanted = {name: part for name, part in parts.items() if part is not None}
+    like = _sharded_tensor(wanted.get("model"))
+    # All are read before the first is changed; of parts that are read in place, only model and
+    # optimizer are not.
+    states = {
+        name: read_state_of(checkpoint, name, part.state_dict(), like)
+        for name, part in wanted.items()
+    }
+    extra_state = read_state(checkpoint.path / EXTRA_STATE)
+    if not isinstance(extra_state, dict):
+        raise CheckpointError(f"{checkpoint.path / EXTRA_STATE}: holds no state")
+    for name, part in wanted.items():
+        try:
+            part.load_state_dict(states.pop(name))
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path / name}.pt does not fit this {name}: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from None
+    return checkpoint.step, checkpoint.epoch, extra_state
+
+
+def _sharded_tensor(model: Stateful | nn.Module | None) -> Tensor | None:
+    """Return a tensor of the model by which this process cuts what it loads, if it does."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next(filter(is_sharded, parameters), None)
+
+
+def _checkpoint_id(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _unwritable(place: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{place}: cannot be written ({reason_of(error)}); make room, or choose another "
+        "checkpoint_dir; earlier checkpoints are untouched"
     )
 
 

@@ -15,8 +15,7 @@ from svend.errors import DivergenceError
 from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.job import Job
 from svend.pipeline.record import record_verdicts
-from svend.pipeline.validation import count_nonfinite_parameters
-from svend.training.examination import examine_step
+from svend.pipeline.replica import count_nonfinite, examine, leave_out, load_state
 
 DIVERGENCE_FILE, REWIND_FILE = "divergence.json", "rewind.json"
 REWIND_TAG = "svend.rewind"
@@ -62,7 +61,7 @@ def find_divergence(
             reason = f"{reading.skipped_in_a_row} steps skipped in a row ({reading})"
             return Divergence(reading, reason, readings)
     if look_at_weights:
-        count = count_nonfinite_parameters(job.state.model)
+        count = job.call(count_nonfinite)
         if count:
             last = readings[-1]
             return Divergence(last, f"{count:,} weights are not finite ({last})", readings)
@@ -83,19 +82,15 @@ def go_back(job: Job, divergence: Divergence, checkpoint: Checkpoint) -> dict[st
     state, step = job.state, divergence.at.step
     _log_evidence(job, divergence, REWIND_FILE)
     reached = _first_sequence_after(job, step)
-    _, _, extra = job.manager.load_latest(
-        state.model, state.optimizer, state.scheduler, state.scaler, wanted=_is_good
-    )
-    state.load_extra_state(extra)
-    count = count_nonfinite_parameters(state.model)
+    job.call(load_state, job.manager.find_latest(_is_good).path)
+    count = job.call(count_nonfinite)
     if count:
         raise DivergenceError(
             f"training diverged at step {step}: {divergence.reason}; the checkpoint of step "
             f"{state.step} holds {count:,} weights that are not finite; begin another run"
         )
     left_out = state.stream.next_sequence
-    state.stream.load_state_dict({"next_sequence": reached})
-    state.rewinds += 1
+    job.call(leave_out, reached)
     # What is trained now has other values: it is logged, under the same steps as before.
     job.tracked.go_back(state.step)
     job.evaluated_step = job.saved_step = state.step
@@ -131,9 +126,7 @@ def _log_evidence(job: Job, divergence: Divergence, name: str) -> None:
     size, count = training.batch_size, training.gradient_accumulation_steps
     first = _first_sequence_after(job, at.step) - size * count
     firsts = [first + size * number for number in range(count)]
-    examination = examine_step(
-        job.state, training.precision, (job.sequences.batch(start, size) for start in firsts)
-    )
+    examination = job.call(examine, size, firsts)
     evidence = {
         "step": at.step,
         "reason": divergence.reason,

@@ -109,6 +109,11 @@ def _count_gpus(plan: GpuPlan) -> str:
     return plan.gpu.name if plan.gpus == 1 else f"{plan.gpus} x {plan.gpu.name}"
 
 
+def _days(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:,.1f}" if days < 1000 else f"{days:,.0f}"
+
+
 def _cost_text(plan: GpuPlan, dollars: float | None) -> str:
     return "" if dollars is None else f", ${dollars * plan.gpu_hours:,.0f}"
 
@@ -130,39 +135,39 @@ def _worth_showing(combinations: Sequence[Combination]) -> list[Combination]:
 
 def _combinations_table(plan: GpuPlan, combinations: Sequence[Combination]) -> Table:
     table = Table(title="What fits, cheapest first", title_justify="left")
-    for heading in ("GPUs", "copies shared by", "weights", "moments", "checkpointing",
-                    "micro-batch", "GB each", "GPU hours", "days"):
-        table.add_column(heading, justify="left" if heading in ("weights", "moments",
-                                                                "checkpointing") else "right")
+    for heading in ("GPUs", "share a copy", "weights, moments", "recompute", "micro-batch",
+                    "GB each", "GPU hours", "days"):
+        left = heading in ("weights, moments", "recompute")
+        table.add_column(heading, justify="left" if left else "right")
     for one in combinations:
         training = one.training
         seconds = plan.seconds_of(training, one.devices)
         table.add_row(
-            str(one.devices), str(one.shards), training.weight_precision.value,
-            training.moment_precision.value, _checkpointing(training), str(training.batch_size),
-            f"{one.memory.total / 1e9:.1f}", f"{seconds * one.devices / 3600:,.0f}",
-            f"{seconds / 86400:,.1f}",
+            str(one.devices), str(one.shards),
+            f"{training.weight_precision.value}, {training.moment_precision.value}",
+            _checkpointing(training), str(training.batch_size),
+            f"{one.memory.total / 1e9:.1f}", f"{seconds * one.devices / 3600:,.0f}", _days(seconds),
         )
     return table
 
 
 def _scales_table(plans: Sequence[GpuPlan], dollars: float | None) -> Table:
     table = Table(title=f"Plans on {plans[0].gpu.name}", title_justify="left")
-    headings = ["scale", "param.", "weights", "moments", "recompute", "batch", "guide GB", "GB",
-                "GPUs", "tokens", "step s", "GPU h", "days"]
+    headings = ["scale", "weights,\nmoments", "recompute", "micro-\nbatch", "GB /\nguide", "GPUs",
+                "tokens", "step\ns", "GPU\nhours", "days"]
     for heading in [*headings, *(["$"] if dollars is not None else [])]:
-        left = heading in ("scale", "weights", "moments", "recompute")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        left = heading in ("scale", "weights,\nmoments", "recompute")
+        table.add_column(heading, justify="left" if left else "right")
     for plan in plans:
         training, seconds = plan.training, plan.seconds_of(plan.training, plan.gpus)
         cost = [] if dollars is None else [f"{dollars * plan.gpu_hours:,.0f}"]
         table.add_row(
-            training.model_scale.value, format_count(plan.model.num_parameters()),
-            training.weight_precision.value, training.moment_precision.value,
+            training.model_scale.value,
+            f"{training.weight_precision.value}, {training.moment_precision.value}",
             _checkpointing(training), f"{training.batch_size}x{training.data.max_seq_length}",
-            str(plan.model.train_memory_gb), f"{plan.memory.total / 1e9:.1f}",
-            str(plan.gpus) if plan.fits else "none fits", f"{plan.tokens:.2g}",
-            f"{plan.step_seconds:.3g}", f"{plan.gpu_hours:,.0f}", f"{seconds / 86400:,.1f}", *cost,
+            f"{plan.memory.total / 1e9:.1f} / {plan.model.train_memory_gb}",
+            str(plan.gpus) if plan.fits else "none", format_count(plan.tokens),
+            f"{plan.step_seconds:.3g}", f"{plan.gpu_hours:,.0f}", _days(seconds), *cost,
         )
     return table
 

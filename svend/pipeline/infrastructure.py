@@ -174,7 +174,9 @@ class InfrastructureChecks:
         training = self._config.training
         assert self._corpus is not None
         sequences = PackedSequences(self._corpus.train, training.data, training.seed)
-        stream = _OneBatch(sequences, training.batch_size)
+        stream = _OneBatch(
+            sequences, training.batch_size, training.gradient_accumulation_steps
+        )
         model = self._build_model(self._device)
         self._state = build_state(model, stream, training, OVERFIT_STEPS, self._device)
         try:

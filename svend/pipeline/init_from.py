@@ -87,8 +87,8 @@ class StartingPoint:
                 f"own; leave it out, or give {self.tokenizer}"
             )
 
-    def load_into(self, model: nn.Module) -> None:
-        """Give a model these weights. Raises ConfigError where it is of another shape."""
+    def weights_for(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the weights. Raises ConfigError where the model is of another shape."""
         state = self.read()
         own = model.state_dict()
         for name in sorted({*own, *state}):
@@ -98,7 +98,7 @@ class StartingPoint:
                     f"init_from = {self.place}: {name} is {shapes[1]} there, the model's is "
                     f"{shapes[0]}; leave model.* as it is there"
                 )
-        model.load_state_dict(state)
+        return state
 
     def read(self) -> dict[str, Tensor]:
         """Return the weights by name. Raises CheckpointError for a file that holds none."""

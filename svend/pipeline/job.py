@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from svend.data.corpus import Corpus, build_corpus
-from svend.data.stream import BatchStream, PackedSequences
-from svend.data.tokenizer import DocumentTokenizer
+from svend.data.stream import PackedSequences
 from svend.device import (
     check_float8,
     check_precision,
@@ -26,12 +25,12 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import ConfigError
-from svend.models.config import BaseShape, TransformerConfig
-from svend.models.float8 import compute_in_float8
+from svend.models.config import BaseShape
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, Precision, TrainingConfig
+from svend.pipeline.config import ModelConfig, Parallel, PipelineConfig, Precision, TrainingConfig
+from svend.pipeline.crew import Crew
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
@@ -43,8 +42,16 @@ from svend.pipeline.hyperparameters import (
     read_hyperparameters,
 )
 from svend.pipeline.infrastructure import check_disk
-from svend.pipeline.init_from import find_starting_point
+from svend.pipeline.init_from import StartingPoint, find_starting_point
 from svend.pipeline.record import record_hyperparameters, record_inputs
+from svend.pipeline.replica import (
+    Assignment,
+    ModelFactory,
+    Replica,
+    build_replica_state,
+    load_state,
+    take_start,
+)
 from svend.pipeline.report import say
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
@@ -53,13 +60,12 @@ from svend.planning.memory import equivalent_model
 from svend.planning.plan import RunPlan, check_memory, plan_run
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH
+from svend.training.parallel import Ranks
 from svend.training.profiling import name_compiled_kernels
-from svend.training.state import TrainState, build_state
 
 FORCED_TAG = "svend.forced_resume"
 # What training waits for.
 PARTS = ("evaluating", "saving", "tracking", "data", "branches")
-ModelFactory = Callable[[ModelScale], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,12 @@ class Saving:
         return isinstance(self.checkpoint_id, str) or self.checkpoint_id.done()
 
 
-@dataclass
-class Job:
-    """What one run works with, from its plan to its end."""
+@dataclass(kw_only=True)
+class Job(Replica):
+    """What one run works with, from its plan to its end: the first process's replica, and more."""
 
-    config: PipelineConfig
-    device: torch.device
     corpus: Corpus
-    sequences: PackedSequences
-    heldout: PackedSequences
     plan: RunPlan
-    state: TrainState
     model_name: str
     tracked: TrackedRun
     folder: RunFolder
@@ -122,12 +123,14 @@ def prepare_job(
     model_factory: ModelFactory | None,
     gates: Gates,
     console: Console,
+    crew: Crew,
     *,
     force: bool,
 ) -> Job:
     """Check everything that can be checked before step 1, and build what the run needs.
 
-    force: go on with a run although it would be another one, and put that on record.
+    crew: the processes of the run, which hear here what it is. force: go on with a run although it
+    would be another one, and put that on record.
     """
     training, model_config = config.training, planned_model(config, model_factory)
     resumed = folder is not None
@@ -140,6 +143,7 @@ def prepare_job(
     config = replace(config, training=training)
     assert config.model is not None  # set by PipelineConfig.resolve
     check_precision(training.precision, device)
+    sharded = _is_sharded(training, crew.ranks)
     if training.float8:
         check_float8(training.precision, device)
     memory = check_memory(model_config, training, device)
@@ -158,38 +162,73 @@ def prepare_job(
     training, carried = carry(found, config, total_steps) if found else (training, [])
     config = replace(config, training=training)
     plan = plan_run(training, model_config, total_steps, memory, device, compiled)
-    model = build_model(config, model_factory, device)
-    plan = replace(plan, parameters=sum(p.numel() for p in model.parameters()))
     manager = None if folder is None else _checkpoint_manager(config, folder)
-    if manager is None or not manager.list_checkpoints():
-        _load_starting_point(config, model, corpus.tokenizer, tracked)
+    start = None
+    if config.init_from and (manager is None or not manager.list_checkpoints()):
+        start = _find_start(config.init_from, config, corpus, tracked)
+    if plan.compile and training.profile:
+        name_compiled_kernels()
+    assignment = Assignment(
+        config, corpus.fingerprint, total_steps, plan.compile, sharded, start is not None
+    )
+    crew.tell(assignment)
+    state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
+    plan = replace(plan, parameters=sum(p.numel() for p in state.model.parameters()))
     if folder is None:
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
         record_hyperparameters(tracked, found, carried)
-    if plan.compile and isinstance(model, ReasoningTransformer):
-        if training.profile:
-            name_compiled_kernels()
-        model.compile_blocks()
-    stream = BatchStream(sequences, training.batch_size)
-    state = build_state(model, stream, training, total_steps, device)
-    if folder is None:
-        folder = RunFolder.create(as_written, RunIdentity(
-            tracked.run_id, tracked.tracking_uri, training.experiment_name,
-            training.model_scale.value, corpus.fingerprint, device.type, training.precision,
-            plan.compile, corpus.tokenizer.sha256,
-        ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
+        folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found)
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
-    manager = manager or _checkpoint_manager(config, folder)
     job = Job(
-        config, device, corpus, sequences, heldout, plan, state,
-        _model_name(config, model, model_factory), tracked, folder, manager, questions,
+        config=config, device=device, corpus=corpus, sequences=sequences, heldout=heldout,
+        plan=plan, state=state, total_steps=total_steps, crew=crew,
+        model_name=_model_name(config, state.model, model_factory), tracked=tracked, folder=folder,
+        manager=manager or _checkpoint_manager(config, folder), questions=questions,
         started_seconds=time.monotonic(), carried=carried,
     )
+    if start is not None:
+        job.start = start.weights_for(state.model)
+        take_start(job)
     if resumed:
         _go_on(job, as_written, console)
     return job
+
+
+def _find_start(
+    place: str, config: PipelineConfig, corpus: Corpus, tracked: TrackedRun
+) -> StartingPoint:
+    """Return the weights to begin with, checked against the config, and put them on record."""
+    start = find_starting_point(place)
+    start.check(config, corpus.tokenizer)
+    tracked.set_tags({"svend.init_from": start.place, "svend.init_sha256": start.sha256})
+    return start
+
+
+def _begin_folder(
+    tracked: TrackedRun, as_written: PipelineConfig, config: PipelineConfig, corpus: Corpus,
+    plan: RunPlan, device: torch.device, found: Hyperparameters | None,
+) -> RunFolder:
+    training = config.training
+    return RunFolder.create(as_written, RunIdentity(
+        tracked.run_id, tracked.tracking_uri, training.experiment_name,
+        training.model_scale.value, corpus.fingerprint, device.type, training.precision,
+        plan.compile, corpus.tokenizer.sha256,
+    ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
+
+
+def _is_sharded(training: TrainingConfig, ranks: Ranks) -> bool:
+    """Decide whether each process holds a part of the model. Raises ConfigError for what cannot be.
+    """
+    sequences = training.batch_size * training.gradient_accumulation_steps
+    if sequences < ranks.size:
+        raise ConfigError(
+            f"training.batch_size x training.gradient_accumulation_steps = {sequences}: the "
+            f"{ranks.size} processes of the run share the sequences of a step; raise "
+            "training.gradient_accumulation_steps, or start fewer"
+        )
+    return ranks.size > 1 and training.parallel is Parallel.FSDP
 
 
 def _choices_of(folder: RunFolder | None, config: PipelineConfig) -> tuple[Precision, bool | None]:
@@ -229,26 +268,12 @@ def _go_on(job: Job, config: PipelineConfig, console: Console) -> None:
     """Bring the job to where its newest checkpoint is, if it has one."""
     state, tracked = job.state, job.tracked
     if job.manager.list_checkpoints():
-        _, _, extra = job.manager.load_latest(
-            state.model, state.optimizer, state.scheduler, state.scaler
-        )
-        state.load_extra_state(extra)
+        job.call(load_state, job.manager.find_latest().path)
         job.saved_step = state.step
     # Steps between the checkpoint and a kill are trained again, to the same values.
     tracked.go_on_from(state.step)
     _record_forced(job, config, console)
     say(console, f"resuming run {tracked.run_id} from step {state.step}")
-
-
-def _load_starting_point(
-    config: PipelineConfig, model: nn.Module, tokenizer: DocumentTokenizer, tracked: TrackedRun
-) -> None:
-    """Give the model the weights that the config begins with, if it names some."""
-    if config.init_from is not None:
-        start = find_starting_point(config.init_from)
-        start.check(config, tokenizer)
-        start.load_into(model)
-        tracked.set_tags({"svend.init_from": start.place, "svend.init_sha256": start.sha256})
 
 
 def _mirror_to_wandb(tracked: TrackedRun, config: PipelineConfig, console: Console) -> None:
@@ -328,28 +353,3 @@ def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:
             "TransformerConfig base=BaseShape.of(config.training), or set "
             "training.parametrisation=standard for a module of another kind"
         )
-
-
-def build_model(
-    config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device
-) -> nn.Module:
-    """Return the model of the config's scale, its weights drawn from the config's seed."""
-    assert config.model is not None  # set by PipelineConfig.resolve
-    torch.manual_seed(config.training.seed)
-    if model_factory is not None:
-        model = model_factory(config.training.model_scale)
-    else:
-        with torch.device("meta"):
-            model = ReasoningTransformer(
-                TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
-            )
-        model.to_empty(device=device)
-        model.initialize(config.training.seed)
-    training = config.training
-    if not isinstance(model, ReasoningTransformer):
-        return model
-    if training.gradient_checkpointing:
-        model.checkpoint_blocks(training.gradient_checkpointing_policy)
-    if training.float8:
-        compute_in_float8(model.blocks)
-    return model

@@ -20,12 +20,13 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
-from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
+from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
 from svend.pipeline.branches import find_branch, follow_branch, horizon_at, record_horizon
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import Branch, ModelScale, PipelineConfig
+from svend.pipeline.crew import Crew, Farewell, stay_for_orders
 from svend.pipeline.divergence import (
     Divergence,
     StepReading,
@@ -41,9 +42,7 @@ from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import (
     Job,
-    ModelFactory,
     Saving,
-    build_model,
     planned_model,
     prepare_job,
 )
@@ -55,6 +54,18 @@ from svend.pipeline.record import (
     record_verdicts,
     register_version,
     undecided,
+)
+from svend.pipeline.replica import (
+    ModelFactory,
+    begin_partial_save,
+    build_model,
+    count_nonfinite,
+    follow_run,
+    gather_model,
+    load_weights,
+    measure_heldout,
+    sharded_bytes,
+    stage_steps,
 )
 from svend.pipeline.report import (
     TrainingProgress,
@@ -76,12 +87,14 @@ from svend.pipeline.validation import (
     ValidationResult,
 )
 from svend.planning.plan import explain_out_of_memory, is_out_of_memory
+from svend.ranks import Place, find_place
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, end_joined_run, joined_experiment_name
-from svend.training.health import HealthProbe, HealthReading
-from svend.training.loop import StepMetrics, train_steps
+from svend.training.health import HealthReading
+from svend.training.loop import StepMetrics
+from svend.training.parallel import join_ranks
 from svend.training.profiling import profiled_steps
 
 
@@ -152,14 +165,32 @@ class ScaleRunner:
         as its state can be loaded: each difference is put on record in the run.
         A user's mistake, a failed gate and an interruption end the run and are returned as its
         reason; anything else is a bug, ends the run as FAILED, and is raised.
+        Of several processes, as torchrun or Slurm start them, the first does this; the others do
+        their share of its steps, and return what it returns.
         """
+        place = find_place()
+        if not place.leads:
+            stay_for_orders()
+            keep_freed_memory()
+            result: PipelineResult = follow_run(
+                self.model_factory, resolve_device(self.config.training.device), self.meet(place)
+            )
+            return result
+        self._crew: Crew | None = None
+        try:
+            result = self._lead(place, resume=resume, force=force)
+        finally:
+            if self._crew is not None:
+                self._crew.dismiss(None)
+        return result
+
+    def _lead(self, place: Place, *, resume: bool, force: bool) -> PipelineResult:
         started_seconds = time.monotonic()
         self._job: Job | None = None
         tracked: TrackedRun | None = None
         folder: RunFolder | None = None
-        status, reason = "FINISHED", None
+        status, reason, registered = "FINISHED", None, None
         failure: UserError | None = None
-        registered = None
         grace_seconds = self.config.grace_seconds
         with StopSignals(grace_seconds, exits=self.owns_process) as signals:
             try:
@@ -170,7 +201,8 @@ class ScaleRunner:
                 with signals.deferred():
                     tracked = self._track(config, folder)
                 signals.raise_if_requested()
-                job = self._prepare(config, tracked, folder, force)
+                self._crew = self.meet(place)
+                job = self._prepare(config, tracked, folder, self._crew, force)
                 self._train(job, signals)
                 registered = self._finish(job, signals)
                 self._require_full(job)
@@ -202,7 +234,7 @@ class ScaleRunner:
                     end_joined_run(status, reason)
                 if folder is not None:
                     folder.release()
-        return PipelineResult(
+        result = PipelineResult(
             scale=self.config.training.model_scale,
             success=status == "FINISHED" and failure is None,
             final_loss=self._job.final_loss if self._job else math.nan,
@@ -216,6 +248,14 @@ class ScaleRunner:
             checkpoint_dir=self._job.folder.path if self._job else None,
             registered=registered,
         )
+        if self._crew is not None:
+            self._crew.dismiss(replace(result, error=None))
+        return result
+
+    def meet(self, place: Place) -> Crew:
+        """Meet the other processes of the run."""
+        device = resolve_device(self.config.training.device)
+        return Crew(join_ranks(place, device, self.config.rank_timeout_seconds))
 
     def _explain_out_of_memory(self, error: BaseException) -> str:
         config = self.config.resolve() if self._job is None else self._job.config
@@ -229,12 +269,13 @@ class ScaleRunner:
         )
 
     def _prepare(
-        self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None, force: bool
+        self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None, crew: Crew,
+        force: bool,
     ) -> Job:
         with self._console.status("preparing"):
             job = self._job = prepare_job(
                 config, tracked, folder, self.model_factory, self.validator.gates, self._console,
-                force=force,
+                crew, force=force,
             )
         show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
                   describe_device(job.device), job.carried)
@@ -372,11 +413,7 @@ class ScaleRunner:
                 self.nested.reached(job, horizon)
 
     def _steps(self, job: Job) -> Iterator[StepMetrics]:
-        training, every_steps = job.config.training, job.config.health.every_steps
-        probe = None
-        if every_steps is not None:
-            probe = HealthProbe(job.state.model, training.precision, every_steps)
-        steps = train_steps(job.state, training, job.plan.total_steps, probe)
+        steps = stage_steps(job, job.plan.total_steps, looks=True)
         if not job.config.training.profile:
             return steps
         folder = job.folder.path / "profile"
@@ -494,16 +531,19 @@ class ScaleRunner:
         evidence = Evidence(
             job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
         )
-        verdict = self.validator.validate_quick(job.state.model, loss, job.state.step, evidence)
-        self._record(job, verdict)
+        self._record(job, self._decide_quick(job, loss, evidence))
+
+    def _decide_quick(self, job: Job, loss: float, evidence: Evidence) -> ValidationResult:
+        measurements = {
+            "loss": Measurement(loss),
+            "nonfinite_parameters": Measurement(job.call(count_nonfinite)),
+        }
+        return self.validator.decide(GateLevel.QUICK, measurements, evidence)
 
     def _evaluate(self, job: Job) -> HeldoutLoss:
         training = job.config.training
         with job.spending("evaluating"):
-            measured = measure_heldout_loss(
-                job.state.model, job.heldout.first(training.heldout_sequences),
-                training.precision, job.device,
-            )
+            measured = job.call(measure_heldout)
         job.final_loss = measured.loss
         if math.isnan(job.first_loss):
             job.first_loss = measured.loss
@@ -556,8 +596,10 @@ class ScaleRunner:
             return ()
         heldout = self._evaluate(job)
         with job.spending("evaluating"), AnswerProgress(self._console) as progress:
+            whole = job.call(gather_model)
+            assert isinstance(whole, ReasoningTransformer)
             evaluation = evaluate_model(
-                job.config, model, job.corpus.tokenizer, job.questions, lambda: heldout,
+                job.config, whole, job.corpus.tokenizer, job.questions, lambda: heldout,
                 progress.advance, lambda: signals.requested is not None,
             )
         record_evaluation(job.tracked, evaluation, step)
@@ -587,7 +629,7 @@ class ScaleRunner:
     ) -> tuple[ValidationResult, ...]:
         """Decide QUICK and STANDARD on the model's weights."""
         step = job.state.step
-        quick = self.validator.validate_quick(job.state.model, measured.loss, step)
+        quick = self._decide_quick(job, measured.loss, Evidence(step))
         standard = self.validator.decide(
             GateLevel.STANDARD,
             {**measured.measurements(), "gradient_norm": Measurement(gradient_norm)},
@@ -655,9 +697,13 @@ class ScaleRunner:
         state, manager, started_seconds = job.state, job.manager, time.perf_counter()
         save = manager.save_in_background if job.plan.saves_in_background else manager.save
         with job.spending("saving"):
+            if job.sharded:
+                size_bytes = sharded_bytes(job)
+                job.call(begin_partial_save, manager.prepare_folder(state.step, size_bytes))
             begun = save(
-                state.model, state.optimizer, state.scheduler, state.step, state.stream.epoch,
-                metrics, state.extra_state(), state.scaler,
+                None if job.sharded else state.model, None if job.sharded else state.optimizer,
+                state.scheduler, state.step, state.stream.epoch, metrics, state.extra_state(),
+                state.scaler, partial=job.partial,
             )
         stall_seconds = time.perf_counter() - started_seconds
         job.saving = Saving(begun, state.step, verdicts, stall_seconds)
@@ -734,13 +780,27 @@ class ScaleRunner:
         if self.nested is not None:
             self.nested.reached(job, horizon)
 
+    def _consolidate(self, job: Job, checkpoint: Checkpoint) -> Checkpoint:
+        """Have the weights in one file, as a version of the registry is; its hash is then theirs.
+
+        What was decided on the parts was decided on these weights.
+        """
+        whole = job.manager.consolidate(checkpoint)
+        if whole.weights_sha256 != checkpoint.weights_sha256:
+            rows = job.folder.read_verdicts(checkpoint.weights_sha256)
+            job.folder.append_verdict(
+                [{**row, "checkpoint_sha256": whole.weights_sha256} for row in rows]
+            )
+        return whole
+
     def _finish(self, job: Job, signals: StopSignals) -> RegisteredVersion | None:
         """Evaluate the best checkpoint, register it with the levels that it passed, and report."""
         self._conclude(job)
         best = job.manager.best()
         if best is not None:
+            best = self._consolidate(job, best)
             if best.step != job.state.step:
-                job.manager.load(best, job.state.model)
+                job.call(load_weights, best.path)
                 self._console.print(f"benchmarks: on {best.checkpoint_id}, the best")
             job.measured = {}
             verdicts = self._evaluate_benchmarks(job, signals)
@@ -791,6 +851,27 @@ class ScaleRunner:
             job.folder.path, registered,
         )
         return registered
+
+
+def follow_runs(config: PipelineConfig, *, once: bool) -> None:
+    """Do this process's share of the runs that the first one leads: one, or until it says farewell.
+    """
+    runner = ScaleRunner(config)
+    if once:
+        runner.run()
+        return
+    stay_for_orders()
+    keep_freed_memory()
+    crew, device = runner.meet(find_place()), resolve_device(config.training.device)
+    while not isinstance(follow_run(None, device, crew), Farewell):
+        pass
+
+
+def say_farewell(config: PipelineConfig) -> None:
+    """Let the other processes go, where there are any, once no run comes any more."""
+    place = find_place()
+    if place.size > 1:
+        ScaleRunner(config).meet(place).dismiss(Farewell())
 
 
 def _within_experiment(config: PipelineConfig) -> PipelineConfig:

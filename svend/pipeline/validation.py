@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import nn
 
 from svend.data.stream import Batch
 from svend.errors import ConfigError
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.evaluation.measurement import Measurement
+from svend.models.shards import count_nonfinite
 from svend.pipeline.config import GatesConfig, Precision, ValidationGate
 
 __all__ = ["Decision", "Evidence", "GateLevel", "GateResult", "Gates", "Measurement",
@@ -271,7 +271,7 @@ class PipelineValidator:
         """Decide QUICK: is the loss sane, is every weight finite?"""
         measurements = {
             "loss": Measurement(loss),
-            "nonfinite_parameters": Measurement(count_nonfinite_parameters(model)),
+            "nonfinite_parameters": Measurement(count_nonfinite(model)),
         }
         return self.decide(GateLevel.QUICK, measurements, evidence or Evidence(step=step))
 
@@ -319,7 +319,7 @@ class PipelineValidator:
         step: int | None,
     ) -> ValidationResult:
         measurements: dict[str, Measurement] = {
-            "nonfinite_parameters": Measurement(count_nonfinite_parameters(model))
+            "nonfinite_parameters": Measurement(count_nonfinite(model))
         }
         if eval_dataloader is not None:
             device = next(model.parameters()).device
@@ -354,13 +354,6 @@ class PipelineValidator:
                 f"training.validation_gates.{name}: no such gate below production; known: "
                 f"{', '.join(known)}, or min_ or max_ with a metric's name"
             )
-
-
-def count_nonfinite_parameters(model: nn.Module) -> int:
-    """Return how many weights are NaN or infinite; waits for the device once."""
-    with torch.no_grad():
-        counts = [(~torch.isfinite(parameter)).sum() for parameter in model.parameters()]
-        return int(torch.stack(counts).sum()) if counts else 0
 
 
 def _format(measurement: Measurement) -> str:

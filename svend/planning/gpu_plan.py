@@ -14,6 +14,7 @@ from svend.planning.search import (
     Combination,
     Room,
     computed_flops_per_token,
+    cost_of,
     find_cheapest,
     find_nearest,
     fit,
@@ -24,7 +25,8 @@ from svend.planning.search import (
 TOKENS_PER_PARAMETER = 20
 # An assumption, not a measurement: what trained models report lies between 0.35 and 0.55.
 ASSUMED_MFU = 0.4
-GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+OF_ONE_NODE = (1, 2, 4, 8)
+GPU_COUNTS = (*OF_ONE_NODE, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def plan_on_gpus(
         model, shared, CUDA_CONTEXT_BYTES, device_type="cuda", shards=shards
     )
     alone = predict_memory(model, training, CUDA_CONTEXT_BYTES, device_type="cuda")
-    counts = (count,) if gpus is not None else tuple(dict.fromkeys((1, count)))
-    combinations = [
-        found for number in counts for found in find_cheapest(model, training, room, number)
-    ]
+    counts = (count,) if gpus is not None else sorted({*OF_ONE_NODE, count})
+    combinations = sorted(
+        (found for number in counts for found in find_cheapest(model, training, room, number)),
+        key=cost_of,
+    )
     guide = replace(room, available_bytes=model.train_memory_gb * 10**9)
     nearest = find_nearest(model, training, guide)
     within_guide = None if nearest is None else " ".join(nearest.changes)

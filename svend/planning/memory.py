@@ -248,12 +248,18 @@ class _Shape:
         return self.head * (saved + 3 * FP32_BYTES)
 
     def block_forward_bytes(self) -> int:
-        """What the last block makes beyond what it keeps, where it is computed again later."""
-        return 0 if self.policy is None else self._block_bytes() - self.kept_block_bytes()
+        """What the last block works with in the forward pass, where it is computed again later.
+
+        Up and its product with the silu of gate, and that; the stream and its normalised form.
+        """
+        if self.policy is None:
+            return 0
+        kept_too = self.f if self.policy is CheckpointingPolicy.SELECTIVE else 0
+        return self.tokens * self.width * (3 * self.f - kept_too + 2 * self.d)
 
     def block_backward_bytes(self) -> int:
         """A block computed again, and the larger of what its two parts work with."""
-        recomputed = self.block_forward_bytes()
+        recomputed = self._block_bytes() - self.kept_block_bytes()
         feed_forward = self.tokens * self.width * (2 * self.f + 2 * self.d)
         feed_forward += self.d * self.f * self._weight_gradient_bytes()
         # By then the feed-forward part's activations are gone.

@@ -100,9 +100,9 @@ def find_cheapest(
             if combination is None:
                 continue
             key = (shards, combination.precision_lost)
-            if key not in found or _cost(combination) < _cost(found[key]):
+            if key not in found or cost_of(combination) < cost_of(found[key]):
                 found[key] = combination
-    return sorted(found.values(), key=_cost)
+    return sorted(found.values(), key=cost_of)
 
 
 def find_nearest(
@@ -119,10 +119,10 @@ def find_nearest(
     return min(found, key=_distance, default=None)
 
 
-def _cost(combination: Combination) -> tuple[float, int, int, int]:
-    training = combination.training
-    return (combination.computed_flops_per_token, combination.precision_lost,
-            combination.shards, -training.batch_size)
+def cost_of(combination: Combination) -> tuple[float, int, int, int, int]:
+    """Return what combinations are ordered by: FLOPs, then precision, then devices, then batch."""
+    return (combination.computed_flops_per_token, combination.precision_lost, combination.devices,
+            combination.shards, -combination.training.batch_size)
 
 
 def _distance(combination: Combination) -> tuple[int, int, float, int]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from svend.models.shards import local, norm_over_shards
+
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients to a global norm of at most `max_norm`; return the norm before.
@@ -14,12 +16,15 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Pascanu, Mikolov and Bengio 2013 (arXiv 1211.5063), as `torch.nn.utils.clip_grad_norm_`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    on_cpu = all(gradient.device.type == "cpu" for gradient in gradients)
-    norm = _norm_on_cpu(gradients) if on_cpu else torch.nn.utils.get_total_norm(gradients)
+    held = [local(gradient) for gradient in gradients]
+    on_cpu = all(gradient.device.type == "cpu" for gradient in held)
+    norm = _norm_on_cpu(held) if on_cpu else torch.nn.utils.get_total_norm(held)
+    if gradients:
+        norm = norm_over_shards(norm, gradients[0])
     # On CPU, where to look costs nothing, gradients that are not scaled are not touched.
     if not on_cpu or not bool(norm <= max_norm):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_(held, scale)
     return norm
 
 

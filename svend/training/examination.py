@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svend.data.stream import Batch
 from svend.device import autocast, to_device
+from svend.models.shards import local, norm_over_shards, sum_over_shards
 from svend.pipeline.config import Precision
 from svend.training.state import TrainState
 
@@ -41,7 +42,8 @@ def examine_step(
 ) -> Examination:
     """Run a step's micro-batches forward and backward, and update nothing.
 
-    Draws random numbers where the model does; leaves no gradients.
+    Draws random numbers where the model does; leaves no gradients. Of several processes each is to
+    examine the same micro-batches.
     """
     batches = list(micro_batches)
     step_tokens = max(1, sum(batch.predicted_tokens for batch in batches))
@@ -66,8 +68,12 @@ def examine_step(
 
 
 def _norms(name: str, parameter: Tensor, scale: float) -> ParameterNorms:
-    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
+    held = local(parameter)
+    gradient = torch.zeros_like(held) if parameter.grad is None else local(parameter.grad) / scale
+    nonfinite_2 = torch.stack([(~gradient.isfinite()).sum(), (~held.isfinite()).sum()])
     return ParameterNorms(
-        name, float(gradient.norm()), float(parameter.norm()),
-        int((~gradient.isfinite()).sum()), int((~parameter.isfinite()).sum()),
+        name,
+        float(norm_over_shards(gradient.norm(), parameter)),
+        float(norm_over_shards(held.norm(), parameter)),
+        *map(int, sum_over_shards(nonfinite_2, parameter)),
     )

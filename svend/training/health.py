@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from svend.data.stream import Batch
 from svend.device import autocast, to_device
 from svend.models.inspection import Inspection, inspect_row
+from svend.models.shards import local, sum_over_shards
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import Precision
 
@@ -65,7 +66,7 @@ class HealthProbe:
     def _inspect(self, batch: Batch) -> Inspection | None:
         if not isinstance(self._model, ReasoningTransformer):
             return None
-        device = self._model.head.weight.device
+        device = local(self._model.head.weight).device
         with autocast(self._precision, device):
             return inspect_row(
                 self._model, to_device(batch.tokens_BT[:1], device), batch.documents_BT
@@ -86,13 +87,13 @@ class LayerWeights:
         self.layers = tuple(by_layer)
         self._counts = [len(parameters) for parameters in by_layer.values()]
         self._parameters = [p for parameters in by_layer.values() for p in parameters]
-        self._strides = [_stride(parameter) for parameter in self._parameters]
+        self._strides = [_stride(local(parameter)) for parameter in self._parameters]
 
     @torch.no_grad()
     def sample(self) -> list[Tensor]:
-        """Return a copy of at most 65,536 entries of each parameter."""
+        """Return a copy of at most 65,536 entries of what is here of each parameter."""
         return [
-            parameter.flatten()[::stride].to(torch.float32, copy=True)
+            local(parameter).flatten()[::stride].to(torch.float32, copy=True)
             for parameter, stride in zip(self._parameters, self._strides, strict=True)
         ]
 
@@ -108,7 +109,8 @@ class LayerWeights:
         strides_P = torch.tensor(self._strides, dtype=torch.float32)
         squares_P = norms_P.square() * to_device(strides_P, norms_P.device)
         layers = torch.split(squares_P, self._counts)
-        return torch.stack([squares_P.sum() for squares_P in layers]).sqrt()
+        squares_L = torch.stack([squares_P.sum() for squares_P in layers])
+        return sum_over_shards(squares_L, self._parameters[0]).sqrt()
 
 
 def _layer_of(name: str, model: nn.Module) -> str | None:

@@ -19,6 +19,7 @@ from svend.pipeline.config import TrainingConfig
 from svend.training.clipping import clip_gradients
 from svend.training.health import HealthProbe, HealthReading
 from svend.training.optimizers import take_step
+from svend.training.parallel import summing_gradients
 from svend.training.state import TrainState
 
 
@@ -52,14 +53,14 @@ def train_steps(
 ) -> Iterator[StepMetrics]:
     """Train until `total_steps`, yielding after each optimizer step.
 
-    A step is `gradient_accumulation_steps` micro-batches; its loss and gradient are means over
-    all of their tokens, so that accumulation gives the update of the one large batch. A step that
-    the guard does not accept moves on in data and schedule, and leaves weights and optimizer as
-    they are.
+    A step is `gradient_accumulation_steps` micro-batches, over all processes; its loss and gradient
+    are means over all of their tokens, so that accumulation, and any number of processes, give the
+    update of the one large batch. A step that the guard does not accept moves on in data and
+    schedule, and leaves weights and optimizer as they are.
     """
     while state.step < total_steps:
         started_seconds = time.perf_counter()
-        micro_batches = [next(state.stream) for _ in range(training.gradient_accumulation_steps)]
+        micro_batches = [next(state.stream) for _ in range(state.stream.passes)]
         loss, step_tokens = _accumulate_gradients(state, training, micro_batches)
         learning_rate = training.learning_rate * state.rate_factor
         end_look = None if health is None else health.begin(state.step + 1)
@@ -78,17 +79,20 @@ def _accumulate_gradients(
 ) -> tuple[Tensor, int]:
     """Run the micro-batches forward and backward; return the step's loss and token count."""
     state.model.train()
-    step_tokens = sum(batch.predicted_tokens for batch in micro_batches)
+    step_tokens = state.ranks.sum_count(sum(batch.predicted_tokens for batch in micro_batches))
     loss = torch.zeros((), device=state.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
         tokens_BT = to_device(batch.tokens_BT, state.device)
         labels_BT = to_device(batch.labels_BT, state.device)
-        with autocast(training.precision, state.device):
-            summed = state.model(tokens_BT, labels_BT, batch.documents_BT)
-        mean = summed / max(1, step_tokens)
-        (mean if state.scaler is None else state.scaler.scale(mean)).backward()
+        with summing_gradients(state.forward, last=number == len(micro_batches)):
+            with autocast(training.precision, state.device):
+                summed = state.forward(tokens_BT, labels_BT, batch.documents_BT)
+            mean = summed / max(1, step_tokens)
+            # Gradients become means over the processes, of what are shares of one mean.
+            share = mean if state.ranks.size == 1 else mean * state.ranks.size
+            (share if state.scaler is None else state.scaler.scale(share)).backward()
         loss += mean.detach()
-    return loss, step_tokens
+    return state.ranks.sum_tensor(loss), step_tokens
 
 
 def _update(state: TrainState, loss: Tensor, max_grad_norm: float) -> Tensor:

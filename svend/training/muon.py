@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svend.device import multiplies_in_bf16
+from svend.models.shards import part_of, whole
 
 # Of the quintic iteration; they steepen its slope at zero (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -24,7 +25,8 @@ class Muon(torch.optim.Optimizer):
     Steps are scaled to the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982). It is
     `torch.optim.Muon` with `match_rms_adamw`, which iterates in bf16 whatever the machine: on a CPU
     without products in bf16 that takes many times as long as the model's own forward and backward.
-    Matrices of one shape go through the iteration together.
+    Matrices of one shape go through the iteration together; those that are sharded are gathered for
+    it, and each process computes the same.
 
     parameters: matrices, or groups of them with settings of their own, as torch takes them.
     dtype: of the iteration; None for bf16, or fp32 on a CPU without products in bf16.
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     rows, columns = parameter.shape
-                    moved = self._with_momentum(parameter, skipped)
+                    moved = whole(self._with_momentum(parameter, skipped))
                     key = (min(rows, columns), max(rows, columns))
                     alike[key].append((parameter, moved if rows <= columns else moved.T))
             for (_, larger), matrices in alike.items():
@@ -67,7 +69,8 @@ class Muon(torch.optim.Optimizer):
                 for (parameter, _), step_RC in zip(matrices, steps_NRC, strict=True):
                     updated = parameter * (1 - group["lr"] * group["weight_decay"])
                     wide = parameter.shape == step_RC.shape
-                    updated.add_(step_RC if wide else step_RC.T, alpha=-length)
+                    step = part_of(step_RC if wide else step_RC.T, parameter)
+                    updated.add_(step, alpha=-length)
                     _put(parameter, updated, skipped)
 
     def _with_momentum(self, parameter: nn.Parameter, skipped: Tensor | None) -> Tensor:

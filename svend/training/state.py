@@ -11,9 +11,11 @@ from torch import nn
 
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, UserError, one_line
+from svend.models.shards import is_sharded
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.guard import StepGuard
 from svend.training.optimizers import build_optimizer
+from svend.training.parallel import Ranks, replicate_model
 from svend.training.schedules import learning_rate_factor
 from svend.training.trend import LossTrend
 
@@ -35,7 +37,8 @@ class TrainState:
     """The model, what updates it, where it stands in the data, and the counts so far.
 
     rewinds: how often the run went back to a checkpoint because it diverged. horizons: those that
-    were measured so far.
+    were measured so far. forward: what is called to train the model: it, or DDP around it. ranks:
+    the processes that train it.
     """
 
     model: nn.Module
@@ -46,6 +49,8 @@ class TrainState:
     guard: StepGuard
     trend: LossTrend
     device: torch.device
+    forward: nn.Module
+    ranks: Ranks
     step: int = 0
     tokens: int = 0
     rewinds: int = 0
@@ -108,9 +113,15 @@ def build_state(
     training: TrainingConfig,
     total_steps: int,
     device: torch.device,
+    ranks: Ranks = Ranks(),  # noqa: B008 - alone, and nothing in it changes
 ) -> TrainState:
-    """Return the state before step 1, with the model moved to the device."""
+    """Return the state before step 1, with the model moved to the device.
+
+    Of several processes, each holds a part of a model that is sharded, else the whole model.
+    """
     model.to(device)
+    replicated = ranks.size > 1 and not any(map(is_sharded, model.parameters()))
+    forward = replicate_model(model, device) if replicated else model
     optimizer = build_optimizer(model, training)
     factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))
@@ -119,4 +130,6 @@ def build_state(
     trend = LossTrend(
         round(training.warmup_ratio * total_steps), round(training.decay_begins * total_steps)
     )
-    return TrainState(model, optimizer, scheduler, scaler, stream, guard, trend, device)
+    return TrainState(
+        model, optimizer, scheduler, scaler, stream, guard, trend, device, forward, ranks
+    )

@@ -19,7 +19,7 @@ from svend.errors import (
     UserError,
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
-from svend.pipeline.job import ModelFactory, planned_model
+from svend.pipeline.job import planned_model
 from svend.pipeline.ladder.below import PARENT_SCALE, find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
@@ -37,6 +37,7 @@ from svend.pipeline.ladder.trend import (
     backtest_bound,
     prediction_gates,
 )
+from svend.pipeline.replica import ModelFactory
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner

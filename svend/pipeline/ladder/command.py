@@ -39,6 +39,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="go on above the rung that failed; the reason is put on record")
 
 
+def load(
+    known: argparse.Namespace, groups: Mapping[str, str], overrides: Sequence[tuple[str, str]]
+) -> Ladder:
+    """Return the ladder that a command line asks for. Raises ConfigError for what does not fit."""
+    for name in ("dry_run", "retry"):
+        if getattr(known, name) not in ("true", "false"):
+            raise ConfigError(f"{name} = {getattr(known, name)}: must be true or false")
+    short = [(f"ladder.{name}", getattr(known, name)) for name in ("start", "end")
+             if getattr(known, name)]
+    return load_ladder(known.ladder, groups, [*overrides, *short])
+
+
 def run(
     known: argparse.Namespace, groups: Mapping[str, str], overrides: Sequence[tuple[str, str]],
     *, status: bool,
@@ -47,14 +59,9 @@ def run(
 
     Raises UserError for what the user can mend, Interrupted after a signal.
     """
-    for name in ("dry_run", "retry"):
-        if getattr(known, name) not in ("true", "false"):
-            raise ConfigError(f"{name} = {getattr(known, name)}: must be true or false")
     if known.override is not None and not known.override.strip():
         raise ConfigError("override: give the reason, which is put on record")
-    short = [(f"ladder.{name}", getattr(known, name)) for name in ("start", "end")
-             if getattr(known, name)]
-    ladder = load_ladder(known.ladder, groups, [*overrides, *short])
+    ladder = load(known, groups, overrides)
     name = known.name or known.ladder
     print("starting: loading torch and mlflow", flush=True)
     from svend.pipeline.ladder.climb import LadderClimb, Means, Wish
@@ -67,8 +74,13 @@ def run(
     if known.dry_run == "true":
         _show_dry_run(ladder, name, folder)
         return None
+    from svend.pipeline.runner import say_farewell
+
     climb = LadderClimb(ladder, name, folder, Means(owns_process=True))
-    results = climb.go(Wish(known.retry == "true", known.override))
+    try:
+        results = climb.go(Wish(known.retry == "true", known.override))
+    finally:
+        say_farewell(ladder.rungs[ladder.config.start])
     last = results[-1] if results else None
     if last is None or last.success:
         return None

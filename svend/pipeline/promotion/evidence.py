@@ -14,6 +14,7 @@ from svend.data.stream import PackedSequences
 from svend.errors import DataError
 from svend.evaluation.heldout import HeldoutLoss, measure_gradient_norm, measure_heldout_loss
 from svend.evaluation.measurement import Bounds, Measurement
+from svend.models.shards import count_nonfinite
 from svend.pipeline.benchmarking import (
     benchmark_of,
     evaluate_model,
@@ -26,7 +27,7 @@ from svend.pipeline.evaluation_report import AnswerProgress
 from svend.pipeline.moves import History, Registration
 from svend.pipeline.record import measurement_rows, record_evaluation
 from svend.pipeline.run_folder import CONFIG_FILE
-from svend.pipeline.validation import Evidence, count_nonfinite_parameters
+from svend.pipeline.validation import Evidence
 from svend.pipeline.version_evaluation import LoadedVersion, build_version_corpus, load_files
 from svend.tracking.registry import OpenedVersion
 from svend.tracking.run import TrackedRun
@@ -161,7 +162,7 @@ class EvidenceBook:
         )
         found: dict[str, Measurement] = {}
         if NONFINITE in missing:
-            found[NONFINITE] = Measurement(count_nonfinite_parameters(candidate.loaded.model))
+            found[NONFINITE] = Measurement(count_nonfinite(candidate.loaded.model))
         if set(missing) & {*ON_HELDOUT}:
             found |= {metric: replace(m, data_fingerprint=self._corpus.fingerprint)
                       for metric, m in self._measure_heldout().measurements().items()}

@@ -1,0 +1,158 @@
+"""The processes of a run at work: the first decides, and has all of them do the same thing.
+
+Decisions hang on clocks, signals and gates, on which processes would not agree by themselves. So
+only the first runs the pipeline; the others wait for what it calls, and do their part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import psutil
+import torch
+
+from svend.errors import RankLost, UserError, one_line
+from svend.training.parallel import Ranks
+
+P = ParamSpec("P")
+M = TypeVar("M")
+T = TypeVar("T")
+# For the death of another process to show, once it has broken a connection.
+LOST_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Dismissal:
+    """The end of a run, and how it ended."""
+
+    outcome: Any
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """The end of all runs of a command."""
+
+
+class Crew:
+    """All processes of a run; of one that is alone, just it."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._dismissed = False
+        if ranks.store is not None:
+            ranks.store.set(f"process/{ranks.rank}", f"{os.getpid()} {socket.gethostname()}")
+
+    @property
+    def size(self) -> int:
+        return self.ranks.size
+
+    def call(
+        self, operation: Callable[Concatenate[M, P], T], member: M, *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Have every process run a function of a module; return what this one, the first, got.
+
+        member: what it works on here; each process has its own. Raises RankLost, with its number,
+        where a process has died.
+        """
+        self.tell((operation, args, kwargs))
+        try:
+            return operation(member, *args, **kwargs)
+        except UserError:
+            raise
+        except RuntimeError as error:
+            if lost := self._find_lost():
+                raise RankLost(lost) from error
+            raise
+
+    def tell(self, order: Any) -> None:
+        """Send the others an order; raises RankLost where one has died."""
+        if self.size == 1:
+            return
+        try:
+            _broadcast(order, self.ranks)
+        except RuntimeError as error:
+            raise RankLost(self._find_lost() or "a process does not answer") from error
+
+    def hear(self) -> Any:
+        """Wait for an order of the first process."""
+        try:
+            return _broadcast(None, self.ranks)
+        except RuntimeError as error:
+            raise RankLost(f"rank 0 does not answer ({one_line(error)[:120]})") from error
+
+    def follow(self, member: Any) -> Any:
+        """Do what the first process calls until it ends the run; return how it ended."""
+        while True:
+            order = self.hear()
+            if isinstance(order, Dismissal):
+                return order.outcome
+            operation, args, kwargs = order
+            operation(member, *args, **kwargs)
+
+    def dismiss(self, outcome: Any) -> None:
+        """Tell the others how the run ended, as far as they can still hear it."""
+        if self.size > 1 and not self._dismissed:
+            self._dismissed = True
+            try:
+                self.tell(Dismissal(outcome))
+            except RankLost:
+                return  # it is the reason why the run ends
+
+    def leave_note(self, reason: str) -> None:
+        """Say why this process ends, for the first to find."""
+        if self.ranks.store is not None:
+            self.ranks.store.set(f"reason/{self.ranks.rank}", reason)
+
+    def _find_lost(self) -> str | None:
+        """Say which process has ended, and why if it said so; None if all are there."""
+        store, deadline = self.ranks.store, time.monotonic() + LOST_SECONDS
+        if store is None or self.size == 1:
+            return None
+        here = socket.gethostname()
+        while True:
+            for rank in range(1, self.size):
+                process, _, host = store.get(f"process/{rank}").decode().partition(" ")
+                who = f"rank {rank} (process {process} on {host})"
+                if store.check([f"reason/{rank}"]):
+                    return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
+                if host == here and not _lives(int(process)):
+                    return f"{who} died"
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+
+
+def stay_for_orders() -> None:
+    """Leave it to the first process to decide what a signal means."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _lives(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _broadcast(order: Any, ranks: Ranks) -> Any:
+    """Send an order from the first process to the others; return it."""
+    import torch.distributed as dist
+
+    content = pickle.dumps(order)
+    length = torch.tensor(len(content))
+    dist.broadcast(length, 0, group=ranks.orders)
+    if not ranks.place.leads:
+        content = bytes(int(length))
+    sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    dist.broadcast(sent, 0, group=ranks.orders)
+    # From another process of this run, which the environment named.
+    return order if ranks.place.leads else pickle.loads(sent.numpy().tobytes())  # noqa: S301

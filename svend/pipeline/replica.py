@@ -1,0 +1,354 @@
+"""What each process of a run has, and everything that they do together.
+
+The functions here are what the first process has all of them call: each takes the replica of the
+process that it runs in, and what else it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from svend.data.corpus import build_corpus
+from svend.data.stream import BatchStream, PackedSequences
+from svend.device import DTYPES
+from svend.errors import DataError, one_line
+from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
+from svend.models import shards
+from svend.models.config import BaseShape, TransformerConfig
+from svend.models.float8 import compute_in_float8
+from svend.models.shards import is_sharded, whole
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import evaluation_sets
+from svend.pipeline.checkpoint_files import read_metadata
+from svend.pipeline.checkpoints import load_parts
+from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.crew import Crew, Dismissal
+from svend.pipeline.sharded_files import PartialSave, size_of
+from svend.training.examination import Examination, examine_step
+from svend.training.health import HealthProbe
+from svend.training.loop import StepMetrics, train_steps
+from svend.training.parallel import Ranks, shard_mesh, shard_model
+from svend.training.schedules import learning_rate_factor
+from svend.training.state import TrainState, build_state
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+P = ParamSpec("P")
+T = TypeVar("T")
+ModelFactory = Callable[[ModelScale], nn.Module]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the first process tells the others of a run before its first step.
+
+    The config as it was resolved on the first's machine. starts: whether weights come from it.
+    """
+
+    config: PipelineConfig
+    data_fingerprint: str
+    total_steps: int
+    compiled: bool
+    sharded: bool
+    starts: bool
+
+
+@dataclass(kw_only=True)
+class Replica:
+    """The model and its state as one process holds them, and the data of which it takes a share.
+
+    stages: the iterators of steps that are under way, a branch's behind the run's. partial: the
+    parts of a checkpoint on their way. start: weights to begin with, where this process has them.
+    """
+
+    config: PipelineConfig
+    device: torch.device
+    sequences: PackedSequences
+    heldout: PackedSequences
+    state: TrainState
+    total_steps: int
+    crew: Crew
+    stages: list[tuple[Iterator[StepMetrics], list[Any]]] = field(default_factory=list)
+    partial: PartialSave | None = None
+    written: Future[Any] | None = None
+    start: Mapping[str, Tensor] | None = None
+    background: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts")
+    )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the model."""
+        return any(map(is_sharded, self.state.model.parameters()))
+
+    def call(
+        self, operation: Callable[Concatenate[Replica, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Have every process run one of the functions below; only the first may call."""
+        return self.crew.call(operation, self, *args, **kwargs)
+
+
+def build_replica_state(
+    assignment: Assignment, sequences: PackedSequences, model_factory: ModelFactory | None,
+    device: torch.device, ranks: Ranks,
+) -> TrainState:
+    """Return the state before step 1, of which this process holds the whole or a part.
+
+    Each process of the run must call this with the same assignment.
+    """
+    config = assignment.config
+    training = config.training
+    mesh = shard_mesh(ranks, device, training.shard_processes) if assignment.sharded else None
+    model = build_model(config, model_factory, device, mesh)
+    if assignment.compiled and isinstance(model, ReasoningTransformer):
+        model.compile_blocks()
+    stream = BatchStream(
+        sequences, training.batch_size, training.gradient_accumulation_steps, ranks.rank, ranks.size
+    )
+    return build_state(model, stream, training, assignment.total_steps, device, ranks)
+
+
+def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: Crew) -> Any:
+    """Do a process's share of the run that the first one leads; return how that one ended it."""
+    try:
+        told = crew.hear()
+        if isinstance(told, Assignment):
+            return crew.follow(_join_run(told, model_factory, device, crew))
+    except Exception as error:
+        crew.leave_note(f"{type(error).__name__}: {one_line(error)[:200]}")
+        raise
+    assert isinstance(told, Dismissal)
+    return told.outcome
+
+
+def _join_run(
+    assignment: Assignment, model_factory: ModelFactory | None, device: torch.device, crew: Crew
+) -> Replica:
+    config = assignment.config
+    assert config.model is not None  # set by PipelineConfig.resolve
+    training = config.training
+    corpus = build_corpus(
+        training.data, config.model.vocab_size, training.data_seed, lambda _: None,
+        evaluation_sets(config),
+    )
+    if corpus.fingerprint != assignment.data_fingerprint:
+        raise DataError(
+            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
+            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
+        )
+    sequences = PackedSequences(corpus.train, training.data, training.seed)
+    heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
+    state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
+    replica = Replica(
+        config=config, device=device, sequences=sequences, heldout=heldout, state=state,
+        total_steps=assignment.total_steps, crew=crew,
+    )
+    if assignment.starts:
+        take_start(replica)
+    return replica
+
+
+def build_model(
+    config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> nn.Module:
+    """Return the model of the config's scale, its weights drawn from the config's seed.
+
+    mesh: of the processes that each hold a part of it. No process then ever holds the whole, but of
+    a factory's model.
+    """
+    assert config.model is not None  # set by PipelineConfig.resolve
+    training = config.training
+    torch.manual_seed(training.seed)
+    if model_factory is not None:
+        model = model_factory(training.model_scale)
+    else:
+        with torch.device("meta"):
+            model = ReasoningTransformer(
+                TransformerConfig.from_model_config(config.model, BaseShape.of(training))
+            )
+    if isinstance(model, ReasoningTransformer):
+        if training.gradient_checkpointing:
+            model.checkpoint_blocks(training.gradient_checkpointing_policy)
+        if training.float8:
+            compute_in_float8(model.blocks)
+    if mesh is not None:
+        shard_model(model, mesh, training)
+    if model_factory is None:
+        assert isinstance(model, ReasoningTransformer)
+        model.to_empty(device=device)
+        model.initialize(training.seed)
+    return model
+
+
+def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, looks: bool) -> None:
+    """Get ready to train until a step; `next_step` takes the steps.
+
+    decays_to: the step at which a branch's learning rate reaches its minimum, never above the
+    run's own. looks: whether health is looked at.
+    """
+    state, training = replica.state, replica.config.training
+    of_run = state.scheduler.lr_lambdas
+    if decays_to is not None:
+        decay = partial(
+            learning_rate_factor, total_steps=replica.total_steps, training=training, end=decays_to
+        )
+        lower = partial(_lower, of_run[0], decay)
+        state.scheduler.lr_lambdas = [lower] * len(of_run)
+    every_steps = replica.config.health.every_steps if looks else None
+    probe = None if every_steps is None else HealthProbe(
+        state.model, training.precision, every_steps
+    )
+    replica.stages.append((train_steps(state, training, last_step, probe), of_run))
+
+
+def stage_steps(
+    replica: Replica, last_step: int, *, decays_to: int | None = None, looks: bool = False
+) -> Iterator[StepMetrics]:
+    """Yield the steps up to the last, which all processes take; called by the first alone."""
+    replica.call(begin_stage, last_step, decays_to, looks=looks)
+    try:
+        while (metrics := replica.call(next_step)) is not None:
+            yield metrics
+    finally:
+        replica.call(end_stage)
+
+
+def next_step(replica: Replica) -> StepMetrics | None:
+    """Take a step; None behind the last."""
+    steps, _ = replica.stages[-1]
+    return next(steps, None)
+
+
+def end_stage(replica: Replica) -> None:
+    """Leave what `begin_stage` began."""
+    _, of_run = replica.stages.pop()
+    replica.state.scheduler.lr_lambdas = of_run
+
+
+def measure_heldout(replica: Replica) -> HeldoutLoss:
+    """Measure the loss on the run's held-out sequences, of which each process takes its share."""
+    training, ranks = replica.config.training, replica.crew.ranks
+    count = min(training.heldout_sequences, len(replica.heldout))
+    # As many for each, for a sharded model needs all: the last again where there are too few.
+    numbers = [min(n, count - 1) for n in range(ranks.rank, count + ranks.rank, ranks.size)]
+    numbers += numbers[-1:] * (-(-count // ranks.size) - len(numbers))
+    measured = sum_heldout_losses(
+        replica.state.model, (replica.heldout.batch(number, 1) for number in numbers),
+        training.precision, replica.device,
+    )
+    if ranks.size > 1:
+        import torch.distributed as dist
+
+        shares: list[Any] = [None] * ranks.size
+        dist.all_gather_object(shares, measured, group=ranks.orders)
+        measured = [shares[n % ranks.size][n // ranks.size] for n in range(count)]
+    return HeldoutLoss.of(measured)
+
+
+def count_nonfinite(replica: Replica) -> int:
+    """Return how many of the model's weights are NaN or infinite."""
+    return shards.count_nonfinite(replica.state.model)
+
+
+def examine(replica: Replica, batch_size: int, firsts: list[int]) -> Examination:
+    """Return what micro-batches, by their first sequences, do to the model."""
+    batches = (replica.sequences.batch(first, batch_size) for first in firsts)
+    return examine_step(replica.state, replica.config.training.precision, batches)
+
+
+def load_state(replica: Replica, checkpoint: Path) -> None:
+    """Bring model, optimizer, schedule and counts to where a verified checkpoint left them."""
+    state = replica.state
+    _, _, extra = load_parts(read_metadata(checkpoint), {
+        "model": state.model, "optimizer": state.optimizer, "scheduler": state.scheduler,
+        "scaler": state.scaler,
+    })
+    state.load_extra_state(extra)
+
+
+def load_weights(replica: Replica, checkpoint: Path) -> None:
+    """Give the model the weights of a verified checkpoint."""
+    load_parts(read_metadata(checkpoint), {"model": replica.state.model})
+
+
+def take_start(replica: Replica) -> None:
+    """Give the model the weights that the first process has found to begin with."""
+    if replica.crew.size == 1:
+        assert replica.start is not None
+        replica.state.model.load_state_dict(replica.start)
+        replica.start = None
+        return
+    import torch.distributed as dist
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        for name, tensor in replica.state.model.state_dict().items():
+            given = torch.empty(tensor.shape) if replica.start is None else replica.start[name]
+            given = given.to(tensor.device, tensor.dtype)
+            if is_sharded(tensor):
+                given = distribute_tensor(given, tensor.device_mesh, tensor.placements)
+            else:
+                dist.broadcast(given, 0)
+            tensor.copy_(given)
+    replica.start = None
+
+
+def leave_out(replica: Replica, next_sequence: int) -> None:
+    """Go on behind data that made the run diverge."""
+    replica.state.stream.load_state_dict({"next_sequence": next_sequence})
+    replica.state.rewinds += 1
+
+
+def sharded_bytes(replica: Replica) -> int:
+    """Return the size of what all processes write of a checkpoint."""
+    state = replica.state
+    return size_of({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()})
+
+
+def begin_partial_save(replica: Replica, folder: Path) -> None:
+    """Begin to write this process's part of a checkpoint into a folder."""
+    if replica.written is not None:
+        replica.written.result()
+    state = replica.state
+    states = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    replica.partial = PartialSave(folder, states, replica.crew.ranks)
+    if not replica.crew.ranks.place.leads:
+        # The first waits for its own where it writes what is not sharded.
+        replica.written = replica.partial.result_in(replica.background)
+
+
+def gather_model(replica: Replica) -> nn.Module | None:
+    """Return a model that is whole, in the first process, to generate with.
+
+    Of a sharded one it is a copy, its matrices in the precision that they are multiplied in.
+    """
+    model = replica.state.model
+    if not replica.sharded:
+        return model
+    assert isinstance(model, ReasoningTransformer)
+    leads, precision = replica.crew.ranks.place.leads, replica.config.training.precision
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter.detach())  # by every process
+        if leads:
+            weights[name] = gathered.to(DTYPES[precision]) if gathered.dim() > 1 else gathered
+    if not leads:
+        return None
+    with torch.device("meta"):
+        copy = ReasoningTransformer(model.config, model.rules)
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+def _lower(first: Any, second: Any, step: int) -> float:
+    return min(float(first(step)), float(second(step)))

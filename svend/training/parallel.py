@@ -1,0 +1,180 @@
+"""Processes that train one model together: each computes a share of every step's sequences.
+
+They hold the model whole (DDP, Li et al. 2020, arXiv 2006.15704) or in parts (FSDP2, `fully_shard`;
+Zhao et al. 2023, arXiv 2304.11277), and add up the same numbers either way: a step is the one that
+a single process would take, to rounding.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from svend.errors import ConfigError, ResourceError
+from svend.models.shards import SHARD
+from svend.pipeline.config import Precision, TrainingConfig, WeightPrecision
+from svend.ranks import Place
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
+    from torch.distributed.device_mesh import DeviceMesh
+
+# For the next word of the process that leads, which may be measuring benchmarks meanwhile.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them; alone by default.
+
+    store: where they leave notes. orders: the group in which the first tells the others what to do.
+    saving: that of checkpoints, which are written meanwhile.
+    """
+
+    place: Place = Place()
+    store: Store | None = None
+    orders: ProcessGroup | None = None
+    saving: ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.size
+
+    def sum_count(self, count: int) -> int:
+        """Return the sum of each process's count; waits for the others."""
+        if self.size == 1:
+            return count
+        import torch.distributed as dist
+
+        counts = torch.tensor(count)
+        dist.all_reduce(counts)
+        return int(counts)
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the sum of each process's tensor, which is changed; waits for no device."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+
+_joined: Ranks | None = None
+
+
+def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ranks:
+    """Meet the other processes of the run, once in the life of this one.
+
+    timeout_seconds: for a process that does not answer in the middle of a step.
+    """
+    global _joined  # noqa: PLW0603
+    if place.size == 1:
+        return Ranks()
+    if _joined is None:
+        import torch.distributed as dist
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed.rendezvous import rendezvous
+
+        meeting, _, _ = next(rendezvous("env://"))
+        store = PrefixStore("svend", meeting)
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            if place.local_size > torch.cuda.device_count():
+                raise ResourceError(
+                    f"{place.local_size} processes on a machine with {torch.cuda.device_count()} "
+                    "CUDA devices: start one per device"
+                )
+            torch.cuda.set_device(place.local_rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
+            world_size=place.size, timeout=timedelta(seconds=timeout_seconds),
+            device_id=torch.device("cuda", place.local_rank) if on_cuda else None,
+        )
+        _joined = Ranks(
+            place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
+            dist.new_group(backend="gloo", timeout=PATIENCE),
+        )
+        atexit.register(leave_ranks)
+    return _joined
+
+
+def leave_ranks() -> None:
+    """Part from the other processes, at the end of this one."""
+    global _joined  # noqa: PLW0603
+    if _joined is not None:
+        import torch.distributed as dist
+
+        _joined = None
+        dist.destroy_process_group()
+
+
+def shard_mesh(ranks: Ranks, device: torch.device, shard_processes: int | None) -> DeviceMesh:
+    """Return how the processes share weights: in groups of so many, each with one copy of them.
+
+    None for one group of all. Groups are of neighbours, which lie on one machine where they fit.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shards = shard_processes or ranks.size
+    if ranks.size % shards:
+        raise ConfigError(
+            f"training.shard_processes = {shards}: must divide the {ranks.size} processes of the "
+            "run"
+        )
+    if shards == ranks.size:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=(SHARD,))
+    return init_device_mesh(
+        device.type, (ranks.size // shards, shards), mesh_dim_names=("replicate", SHARD)
+    )
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) -> None:
+    """Have each process hold a part of every weight, its gradient and its moments.
+
+    Block by block the weights are gathered, in bf16 where that is the precision, for the forward
+    and the backward pass; gradients are summed in fp32. Embedding, final norm and head stay whole
+    through a step.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    low = training.precision is Precision.BF16 or training.weight_precision is WeightPrecision.BF16
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for blocks in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def replicate_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return what to call for a forward pass, after whose backward pass gradients are means."""
+    ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+@contextlib.contextmanager
+def summing_gradients(module: nn.Module, *, last: bool) -> Iterator[None]:
+    """Sum over the processes in the backward pass of a step's last micro-batch alone.
+
+    A sharded model sums in each: to keep gradients whole until the last is what it has no room for.
+    """
+    if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with module.no_sync():
+            yield

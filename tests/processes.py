@@ -1,0 +1,80 @@
+"""Processes that run one function together, as torchrun would start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from svend.ranks import find_place
+from svend.training.parallel import Ranks, join_ranks, leave_ranks
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Imported once, in the process that all are forked from.
+PRELOADED = ["torch.distributed.tensor", "torch.distributed.fsdp", "tests.test_training"]
+PATIENCE_SECONDS = 300
+
+
+def run_together(
+    function: Callable[Concatenate[Ranks, P], T], size: int, *args: P.args, **kwargs: P.kwargs
+) -> list[T]:
+    """Return what each of `size` processes got of a function of a module, by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    ends, processes = [], []
+    for rank in range(size):
+        here, there = context.Pipe()
+        process = context.Process(
+            target=_take_part, args=(there, rank, size, port, function, args, kwargs)
+        )
+        process.start()
+        there.close()
+        ends.append(here)
+        processes.append(process)
+    results, failures = [], []
+    for rank, end in enumerate(ends):
+        assert end.poll(PATIENCE_SECONDS), f"rank {rank} does not answer"
+        succeeded, result = pickle.loads(end.recv_bytes())
+        results.append(result)
+        if not succeeded:
+            failures.append(f"rank {rank}: {result}")
+    for process in processes:
+        process.join(PATIENCE_SECONDS)
+    assert not failures, "\n".join(failures)
+    return results
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _take_part(
+    end: Connection, rank: int, size: int, port: int, function: Callable[..., Any],
+    args: tuple[Any, ...], kwargs: dict[str, Any],
+) -> None:
+    os.environ.update({
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    })
+    torch.set_num_threads(1)
+    try:
+        ranks = join_ranks(find_place(), torch.device("cpu"), PATIENCE_SECONDS / 2)
+        # By value: shared memory would be gone with this process.
+        end.send_bytes(pickle.dumps((True, function(ranks, *args, **kwargs))))
+    except BaseException:  # noqa: BLE001 - told to the test, whatever it is
+        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        leave_ranks()
