@@ -175,6 +175,7 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench scaling": bench_command.run_scaling,
         "bench data": bench_command.run_data,
         "bench generate": bench_command.run_generate,
+        "bench memory": bench_command.run_memory,
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
         "bench faults": faults_command.run,
@@ -313,6 +314,12 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_generate_options(kinds.add_parser(
         "generate", help="decoding, beside Hugging Face's generate",
         description="Time decoding beside Hugging Face's generate with the same weights.",
+        allow_abbrev=False,
+    ))
+    bench_command.add_memory_options(kinds.add_parser(
+        "memory", help="the plan's peak memory, beside what is taken",
+        description="Hold the predicted peak memory against what processes take, or, with --fake, "
+        "against what PyTorch's tracker counts at every scale. Exit code 1 above 10%.",
         allow_abbrev=False,
     ))
     bench_command.add_serve_options(kinds.add_parser(

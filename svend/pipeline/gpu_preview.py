@@ -175,11 +175,13 @@ def _scales_table(plans: Sequence[GpuPlan], dollars: float | None) -> Table:
 def _notes(plans: Sequence[GpuPlan]) -> Iterator[str]:
     """Yield what the figures rest on, and where a scale's own figure is not met."""
     first = plans[0]
-    yield (f"time: an assumed {first.mfu:.0%} of the peak of {first.gpu.source}; what GPUs tell one "
-           "another is not counted")
+    yield (f"time: an assumed {first.mfu:.0%} of the peak in {first.gpu.source}; what GPUs send to "
+           "one another is not counted")
     tokens_from = dict.fromkeys(plan.tokens_from for plan in plans)
     yield f"tokens: {'; '.join(tokens_from)}"
     for plan in plans:
+        if not plan.fits:
+            yield f"{plan.model.name}: does not fit as it is set; {_cheapest_of(plan)}"
         if plan.over_guide_bytes > 0:
             yield (
                 f"{plan.model.name}: on one GPU {plan.over_guide_bytes / 1e9:.1f} GB above the "
@@ -187,6 +189,13 @@ def _notes(plans: Sequence[GpuPlan]) -> Iterator[str]:
                 + (f"within them: {plan.within_guide}" if plan.within_guide else
                    "no settings bring it within them")
             )
+
+
+def _cheapest_of(plan: GpuPlan) -> str:
+    if not plan.combinations:
+        return "nothing that was tried does"
+    one = plan.combinations[0]
+    return f"the cheapest that does takes {one.devices} GPUs: {' '.join(one.changes)}"
 
 
 def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N",
                         help="how many (default: the fewest on which the settings fit)")
     parser.add_argument("--tokens", type=float, metavar="N",
-                        help="to train on (default: those of training.max_steps, else 20 a parameter)")
+                        help="to train on (default: those of training.max_steps, else 20 a "
+                             "parameter)")
     parser.add_argument("--mfu", type=float, metavar="SHARE",
                         help="of the GPU's peak that is assumed to be used (default: 0.4)")
     parser.add_argument("--dollars-per-gpu-hour", type=float, metavar="PRICE",

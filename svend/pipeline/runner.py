@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -19,7 +20,7 @@ from svend.device import (
     resolve_device,
     resolve_precision,
 )
-from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
+from svend.errors import GateFailure, Interrupted, ResourceError, TrialPruned, UserError
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
@@ -202,9 +203,10 @@ class ScaleRunner:
                     tracked = self._track(config, folder)
                 signals.raise_if_requested()
                 self._crew = self.meet(place)
-                job = self._prepare(config, tracked, folder, self._crew, force)
-                self._train(job, signals)
-                registered = self._finish(job, signals)
+                with self._explaining_out_of_memory():
+                    job = self._prepare(config, tracked, folder, self._crew, force)
+                    self._train(job, signals)
+                    registered = self._finish(job, signals)
                 self._require_full(job)
             except TrialPruned as pruned:
                 failure, reason = pruned, str(pruned)
@@ -216,11 +218,6 @@ class ScaleRunner:
                     raise
                 reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
                           "room, and go on with resume=true")
-            except (RuntimeError, MemoryError) as error:
-                status, reason = "FAILED", f"{type(error).__name__}: {error}"
-                if not is_out_of_memory(error):
-                    raise
-                reason = self._explain_out_of_memory(error)
             except Interrupted as interruption:
                 status, reason = "KILLED", str(interruption)
             except BaseException as error:
@@ -256,6 +253,16 @@ class ScaleRunner:
         """Meet the other processes of the run."""
         device = resolve_device(self.config.training.device)
         return Crew(join_ranks(place, device, self.config.rank_timeout_seconds))
+
+    @contextlib.contextmanager
+    def _explaining_out_of_memory(self) -> Iterator[None]:
+        """Raise ResourceError, with the plan and what to change, where memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(self._explain_out_of_memory(error)) from error
 
     def _explain_out_of_memory(self, error: BaseException) -> str:
         config = self.config.resolve() if self._job is None else self._job.config

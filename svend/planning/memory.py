@@ -1,8 +1,8 @@
 """Peak memory of a training run, predicted from its shape.
 
-Each term is a tensor that a step really holds, at the moment when most is held. Written out for the
-uncompiled model, which is the larger case; `svend bench memory` holds the sum against what PyTorch's
-tracker counts and what a process takes. Symbols: d hidden size, f feed-forward width.
+Each term is a tensor that a step really holds, at the moment when most is held. Written out for
+the uncompiled model, which is the larger case; `svend bench memory` holds the sum against what
+PyTorch's tracker counts and what a process takes. Symbols: d hidden size, f feed-forward width.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Shape:
         return self.width < self.stored and self.shards == 1
 
     def copies_of_block(self) -> int:
-        """A block's matrices, in the precision computed in or gathered; the next comes meanwhile."""
+        """A block's matrices, in the precision computed in; gathered, the next block's too."""
         if self.shards > 1:
             root = self.width * 2 * self.head
             return root + 2 * self.width * self.block_matrices
@@ -266,7 +266,7 @@ class _Shape:
         gone = self.tokens * (self.width * 4 * self.f + self._norm_bytes())
         gradient = recomputed + max(feed_forward, self._attention_backward_bytes() - gone)
         if self.shards > 1:
-            # The block's gradient whole, as it is and in fp32, on its way to the others; the head's.
+            # The block's gradient whole, as it is and in fp32 to be summed; and the head's.
             gradient += (self.width + FP32_BYTES) * self.block_matrices + self.width * self.head
         return gradient
 

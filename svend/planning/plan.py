@@ -16,7 +16,7 @@ from svend.planning.probe import measure_matmul_peak, measure_micro_batch_second
 from svend.planning.search import Room, find_nearest
 
 CUDA_CONTEXT_BYTES = 500_000_000
-# What the first step on a CPU loads: measured as the growth of a process that trains 0.1M parameters.
+# What the first step on a CPU loads: the growth of a process that trains 0.1M parameters.
 CPU_LATE_CODE_BYTES = 95_000_000
 # Of what was held when memory ran out: what is suggested then is to fit into so much.
 SUGGESTED_SHARE = 0.9
@@ -182,7 +182,8 @@ def plan_run(
         seconds=compiled_seconds if compile_blocks else seconds,
         compile=compile_blocks,
         saves_in_background=memory[0].snapshot > 0 or (
-            device.type == "cuda" and snapshot_bytes(model, training) <= psutil.virtual_memory().available
+            device.type == "cuda"
+            and snapshot_bytes(model, training) <= psutil.virtual_memory().available
         ),
     )
 

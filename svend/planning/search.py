@@ -71,7 +71,12 @@ def fit(
     model: ModelConfig, training: TrainingConfig, room: Room, devices: int = 1, shards: int = 1,
     changes: tuple[str, ...] = (),
 ) -> Combination | None:
-    """Return the settings with their figures, or None if they do not fit."""
+    """Return the settings with their figures, or None if they do not fit.
+
+    What several share one copy of is kept in fp32: weights in bf16 are for one device.
+    """
+    if shards > 1 and training.weight_precision is not WeightPrecision.FP32:
+        return None
     memory = predict_memory(
         model, training, room.process_bytes, device_type=room.device_type, shards=shards
     )
@@ -87,15 +92,11 @@ def find_cheapest(
     """Return of each recipe and each sharding the cheapest combination that fits, in order.
 
     Cheapest: with the fewest FLOPs computed; then the largest micro-batch. In order: of FLOPs, then
-    of precision lost. On several devices each holds the whole model, or all share one copy: then
-    with AdamW's weights and moments in fp32, as sharded training keeps them.
+    of precision lost. On several devices each holds the whole model, or all share one copy.
     """
     found: dict[tuple[int, int], Combination] = {}
     for shards in {1, devices}:
         for changed, changes in _variants(training, devices):
-            sharded_as = (changed.weight_precision, changed.moment_precision)
-            if shards > 1 and sharded_as != (WeightPrecision.FP32, MomentPrecision.FP32):
-                continue
             combination = fit(model, changed, room, devices, shards, changes)
             if combination is None:
                 continue
