@@ -18,7 +18,7 @@ from svend.bench import (
 )
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, RankLost, UserError, one_line
-from svend.pipeline import exchange_command, sync_command
+from svend.pipeline import exchange_command, plan_command, sync_command
 from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -48,6 +48,7 @@ examples:
   python -m svend train --resume
   python -m svend validate --scale small
   python -m svend plan --scale xl --hparams hparams.yaml --training.max_steps 10000
+  python -m svend plan --scale flagship --gpu a100-80gb
 """
 EVALUATE_HELP = """\
 the settings are those that the version was trained with; any can be overridden, such as
@@ -183,6 +184,7 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench scaling": bench_command.run_scaling,
         "bench data": bench_command.run_data,
         "bench generate": bench_command.run_generate,
+        "bench memory": bench_command.run_memory,
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
         "bench faults": faults_command.run,
@@ -209,12 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "train", "train one scale as a tracked run",
         "Train one scale as a tracked run: plan, train, gate, save, register.",
     )
-    _config_command(
+    plan_command.add_options(_config_command(
         commands, "plan", "print what a run would do, without doing it",
         "Print the plan of a run: parameters, tokens, FLOPs, memory, and what becomes of a sweep's "
         "values (--hparams FILE). No weights are made and nothing is measured; data are read only "
-        "where training.max_steps is not set.",
-    )
+        "where training.max_steps is not set. With --gpu: memory by part, time, and the settings "
+        "that fit, on GPUs that need not be here; no data are read.",
+    ))
     _config_command(
         commands, "validate", "try what breaks runs, before one begins",
         "Check device, memory, disk, data, tokenizer, tracking store, a first step and a "
@@ -327,6 +330,12 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_generate_options(kinds.add_parser(
         "generate", help="decoding, beside Hugging Face's generate",
         description="Time decoding beside Hugging Face's generate with the same weights.",
+        allow_abbrev=False,
+    ))
+    bench_command.add_memory_options(kinds.add_parser(
+        "memory", help="the plan's peak memory, beside what is taken",
+        description="Hold the predicted peak memory against what processes take, or, with --fake, "
+        "against what PyTorch's tracker counts at every scale. Exit code 1 above 10%.",
         allow_abbrev=False,
     ))
     bench_command.add_serve_options(kinds.add_parser(
@@ -460,6 +469,11 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if resume not in ("true", "false", "force"):
             raise ConfigError(f"resume = {resume}: must be true, false or force")
         overrides = _config_overrides(known, rest)
+        if known.command == "plan":
+            if known.gpu is not None:
+                plan_command.run(known, groups, overrides)
+                return 0
+            plan_command.refuse_without_gpu(known)
         config = load_config(groups, overrides)
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import ScaleRunner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -11,15 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from svend.device import (
     describe_device,
     keep_freed_memory,
     peak_bytes,
     resolve_device,
+    resolve_precision,
 )
-from svend.errors import GateFailure, Interrupted, RankLost, TrialPruned, UserError
+from svend.errors import (
+    GateFailure,
+    Interrupted,
+    RankLost,
+    ResourceError,
+    TrialPruned,
+    UserError,
+)
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
@@ -86,6 +94,7 @@ from svend.pipeline.validation import (
     ValidationGate,
     ValidationResult,
 )
+from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.ranks import Place, find_place
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
@@ -201,9 +210,10 @@ class ScaleRunner:
                     tracked = self._track(config, folder)
                 signals.raise_if_requested()
                 self._crew = self.meet(place)
-                job = self._prepare(config, tracked, folder, self._crew, force)
-                self._train(job, signals)
-                registered = self._finish(job, signals)
+                with self._explaining_out_of_memory():
+                    job = self._prepare(config, tracked, folder, self._crew, force)
+                    self._train(job, signals)
+                    registered = self._finish(job, signals)
                 self._require_full(job)
             except TrialPruned as pruned:
                 failure, reason = pruned, str(pruned)
@@ -215,12 +225,6 @@ class ScaleRunner:
                     raise
                 reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
                           "room, and go on with resume=true")
-            except torch.OutOfMemoryError as error:
-                status = "FAILED"
-                reason = (
-                    f"out of memory on the device ({str(error).splitlines()[0][:160]}); lower "
-                    "training.batch_size or set training.gradient_checkpointing=true"
-                )
             except Interrupted as interruption:
                 status, reason = "KILLED", str(interruption)
             except BaseException as error:
@@ -258,6 +262,27 @@ class ScaleRunner:
         """Meet the other processes of the run."""
         device = resolve_device(self.config.training.device)
         return Crew(join_ranks(place, device, self.config.rank_timeout_seconds))
+
+    @contextlib.contextmanager
+    def _explaining_out_of_memory(self) -> Iterator[None]:
+        """Raise ResourceError, with the plan and what to change, where memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(self._explain_out_of_memory(error)) from error
+
+    def _explain_out_of_memory(self, error: BaseException) -> str:
+        config = self.config.resolve() if self._job is None else self._job.config
+        device = resolve_device(config.training.device)
+        training = replace(
+            config.training, precision=resolve_precision(config.training.precision, device)
+        )
+        return explain_out_of_memory(
+            planned_model(config, self.model_factory), training, device,
+            None if self._job is None else self._job.plan, error,
+        )
 
     def _prepare(
         self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None, crew: Crew,
