@@ -29,7 +29,13 @@ from svend.models.config import BaseShape
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import ModelConfig, Parallel, PipelineConfig, Precision, TrainingConfig
+from svend.pipeline.config import (
+    ModelConfig,
+    PipelineConfig,
+    Precision,
+    TrainingConfig,
+    WeightPrecision,
+)
 from svend.pipeline.crew import Crew
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
@@ -57,10 +63,10 @@ from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import equivalent_model
-from svend.planning.plan import RunPlan, check_memory, plan_run
+from svend.planning.plan import RunPlan, check_memory, decide_shards, plan_run
+from svend.ranks import Place
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH
-from svend.training.parallel import Ranks
 from svend.training.profiling import name_compiled_kernels
 
 FORCED_TAG = "svend.forced_resume"
@@ -142,11 +148,9 @@ def prepare_job(
     training = replace(training, precision=resolve_precision(precision, device))
     config = replace(config, training=training)
     assert config.model is not None  # set by PipelineConfig.resolve
-    check_precision(training.precision, device)
-    sharded = _is_sharded(training, crew.ranks)
-    if training.float8:
-        check_float8(training.precision, device)
-    memory = check_memory(model_config, training, device)
+    shards = decide_shards(model_config, training, device, crew.ranks.place)
+    _check_means(training, device, crew.ranks.place, shards)
+    memory = check_memory(model_config, training, device, crew.ranks.place, shards)
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
     questions = read_questions(config)
@@ -169,7 +173,7 @@ def prepare_job(
     if plan.compile and training.profile:
         name_compiled_kernels()
     assignment = Assignment(
-        config, corpus.fingerprint, total_steps, plan.compile, sharded, start is not None
+        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None
     )
     crew.tell(assignment)
     state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
@@ -223,17 +227,34 @@ def _begin_folder(
     ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
 
 
-def _is_sharded(training: TrainingConfig, ranks: Ranks) -> bool:
-    """Decide whether each process holds a part of the model. Raises ConfigError for what cannot be.
-    """
+def _check_means(
+    training: TrainingConfig, device: torch.device, place: Place, shards: int
+) -> None:
+    """Raise UserError for what the device cannot do, or the processes of the run cannot share."""
+    check_precision(training.precision, device)
+    if training.float8:
+        check_float8(training.precision, device)
     sequences = training.batch_size * training.gradient_accumulation_steps
-    if sequences < ranks.size:
+    if sequences < place.size:
         raise ConfigError(
             f"training.batch_size x training.gradient_accumulation_steps = {sequences}: the "
-            f"{ranks.size} processes of the run share the sequences of a step; raise "
+            f"{place.size} processes of the run share the sequences of a step; raise "
             "training.gradient_accumulation_steps, or start fewer"
         )
-    return ranks.size > 1 and training.parallel is Parallel.FSDP
+    if shards == 1:
+        return
+    for key, refused, instead in (
+        ("precision", training.precision is Precision.FP16, "bf16 or fp32"),
+        ("float8", training.float8, "false"),
+        ("weight_precision", training.weight_precision is not WeightPrecision.FP32, "fp32"),
+    ):
+        if refused:
+            value = getattr(training, key)
+            raise ConfigError(
+                f"training.{key} = {getattr(value, 'value', value)}: is not for weights that "
+                f"{shards} processes divide among them; set it to {instead}, or "
+                "training.parallel=ddp"
+            )
 
 
 def _choices_of(folder: RunFolder | None, config: PipelineConfig) -> tuple[Precision, bool | None]:

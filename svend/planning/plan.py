@@ -9,11 +9,12 @@ import torch
 
 from svend.device import available_bytes, can_compile, peak_bytes
 from svend.errors import ResourceError, one_line
-from svend.pipeline.config import Compile, ModelConfig, TrainingConfig
+from svend.pipeline.config import Compile, ModelConfig, Parallel, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
 from svend.planning.search import Room, find_nearest
+from svend.ranks import Place
 
 CUDA_CONTEXT_BYTES = 500_000_000
 # What the first step on a CPU loads: the growth of a process that trains 0.1M parameters.
@@ -71,21 +72,42 @@ def size_run(training: TrainingConfig, model: ModelConfig, total_steps: int) -> 
 
 
 def predict_memory_on(
-    model: ModelConfig, training: TrainingConfig, device: torch.device
+    model: ModelConfig, training: TrainingConfig, device: torch.device, shards: int = 1
 ) -> MemoryPlan:
-    """Predict the peak memory of a run on a device, whether or not it fits."""
-    return predict_memory(model, training, _held_bytes(device), device_type=device.type)
+    """Predict the peak memory of a run's process on a device, whether or not it fits.
+
+    shards: among how many processes the weights are divided.
+    """
+    return predict_memory(
+        model, training, _held_bytes(device), device_type=device.type, shards=shards
+    )
+
+
+def decide_shards(
+    model: ModelConfig, training: TrainingConfig, device: torch.device, place: Place
+) -> int:
+    """Return among how many processes the weights are divided: 1 where each has them whole."""
+    shards = training.shard_processes or place.size
+    if place.size == 1 or training.parallel is not Parallel.AUTO:
+        return shards if training.parallel is Parallel.FSDP else 1
+    whole = predict_memory_on(model, training, device)
+    return 1 if whole.total <= _share_of_memory(device, place) else shards
 
 
 def check_memory(
-    model: ModelConfig, training: TrainingConfig, device: torch.device
+    model: ModelConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    place: Place = Place(),  # noqa: B008 - nothing in it changes
+    shards: int = 1,
 ) -> tuple[MemoryPlan, int]:
     """Predict the peak memory; raise ResourceError, with what to change, if it cannot fit.
 
     On CPU the copy that is saved while training goes on is counted where there is room for it.
+    place: of this process among those of the run, which share the memory of a machine's CPU.
     """
-    memory = predict_memory_on(model, training, device)
-    available = available_bytes(device)
+    memory = predict_memory_on(model, training, device, shards)
+    available = _share_of_memory(device, place)
     if memory.total > available:
         room = Room(device.type, available, memory.process)
         raise ResourceError(
@@ -94,7 +116,7 @@ def check_memory(
             f"{device.type}; {suggest(model, training, room)}"
         )
     if device.type == "cpu":
-        with_snapshot = replace(memory, snapshot=snapshot_bytes(model, training))
+        with_snapshot = replace(memory, snapshot=snapshot_bytes(model, training) // shards)
         memory = with_snapshot if with_snapshot.total <= available else memory
     return memory, available
 
@@ -198,6 +220,11 @@ def _decide_compile(training: TrainingConfig, earns: bool, device: torch.device)
     if training.compile is Compile.AUTO:
         return compilable and earns
     return training.compile is Compile.ON
+
+
+def _share_of_memory(device: torch.device, place: Place) -> int:
+    """Return what a process can have of a device, or of the memory that several share."""
+    return available_bytes(device) // (1 if device.type == "cuda" else place.local_size)
 
 
 def _held_bytes(device: torch.device) -> int:

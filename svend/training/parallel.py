@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from svend.errors import ConfigError, ResourceError
 from svend.models.shards import SHARD
-from svend.pipeline.config import Precision, TrainingConfig, WeightPrecision
+from svend.pipeline.config import Precision, TrainingConfig
 from svend.ranks import Place
 
 if TYPE_CHECKING:
@@ -152,10 +152,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    low = training.precision is Precision.BF16 or training.weight_precision is WeightPrecision.BF16
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
+        param_dtype=torch.bfloat16 if training.precision is Precision.BF16 else None,
+        reduce_dtype=torch.float32, cast_forward_inputs=False,
     )
     for blocks in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in blocks:
