@@ -37,6 +37,7 @@ from svend.planning.memory import predict_memory
 from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.planning.search import RECIPES, Room, find_cheapest, find_nearest
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 
 A100 = GPUS["a100-80gb"]
@@ -252,7 +253,7 @@ def test_a_run_that_runs_out_of_memory_all_the_same_ends_with_plan_and_remedy(
 ) -> None:
     overrides = {
         **DEBUG_OVERRIDES, "checkpoint_dir": str(tmp_path / "checkpoints"),
-        "data.cache_dir": str(tmp_path / "cache"), "training.compile": "off",
+        "data.cache_dir": str(data_cache()), "training.compile": "off",
     }
     shape = TransformerConfig(
         name="svend-debug", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
