@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from svend import __version__
-from svend.bench import chaos_command, faults_command, parametrisation_command
+from svend.bench import (
+    chaos_command,
+    faults_command,
+    gpu_report_command,
+    parametrisation_command,
+    recipes_command,
+)
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, RankLost, UserError, one_line
 from svend.pipeline import exchange_command, plan_command, sync_command
@@ -154,7 +160,10 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if known.command == "chaos":
         chaos_command.run(known, _overrides(rest))
         return 0
-    name = f"bench {known.kind}" if known.command == "bench" else known.command
+    name = known.command
+    if name == "bench":
+        gpu_report_command.check_kind(known)
+        name = f"bench {known.kind or '--gpu-report'}"
     if rest:
         raise ConfigError(f"{name} takes no option {rest[0]}; see --help")
     if known.command == "scales":
@@ -179,6 +188,8 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
         "bench faults": faults_command.run,
+        "bench recipes": recipes_command.run,
+        "bench --gpu-report": gpu_report_command.run,
     }
     return measured[name](known)
 
@@ -293,9 +304,14 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=description, epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         ))
-    bench = commands.add_parser("bench", help="time training and tokenising beside their peers",
-                                description="Benchmarks, beside what one would use instead.")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="kind")
+    bench = commands.add_parser(
+        "bench", help="time training and tokenising beside their peers; report on a GPU",
+        description="Benchmarks, beside what one would use instead.",
+        epilog=gpu_report_command.EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    gpu_report_command.add_options(bench)
+    kinds = bench.add_subparsers(dest="kind", metavar="kind")
     bench_command.add_options(kinds.add_parser(
         "train", help="the training step", description="Time the training step.",
         epilog=bench_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -332,6 +348,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train models of several widths and depths at several learning rates.",
         epilog=parametrisation_command.TRANSFER_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    recipes_command.add_options(kinds.add_parser(
+        "recipes", help="what low-memory recipes cost in loss, beside AdamW in fp32",
+        description="Train by each recipe from the same seeds on the same data as AdamW in fp32.",
+        epilog=recipes_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     ))
     faults_command.add_options(kinds.add_parser(
         "faults", help="ladders with planted faults, and healthy ones",
@@ -491,9 +513,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
-    if result.interrupted_at_once:
+    if result.interrupted_at_once or isinstance(result.error, RankLost):
         sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
+        # Not waiting for a save that is under way, or to which a process has not come.
+        os._exit(EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR)
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 

@@ -41,7 +41,7 @@ class Parametrisation(Enum):
 
 
 class Precision(Enum):
-    """The number format of the forward and backward pass; the weights stay fp32.
+    """The number format of the forward and backward pass; of the weights see WeightPrecision.
 
     AUTO is BF16 on a device that multiplies in it, else FP16 on CUDA and FP32 on a CPU.
     """
@@ -437,6 +437,7 @@ class TrainingConfig:
         shards = self.shard_processes
         _require(shards is None or shards >= 2, "training.shard_processes", shards,
                  "null, or at least 2")
+        self._check_low_memory()
         deviations = self.skip_spike_deviations
         _require(deviations is None or (math.isfinite(deviations) and deviations > 0),
                  "training.skip_spike_deviations", deviations, "null, or above 0")
@@ -474,6 +475,21 @@ class TrainingConfig:
             bool(self.experiment_name.strip()), "training.experiment_name", "''", "a name"
         )
         self.data.check()
+
+    def _check_low_memory(self) -> None:
+        """Raise ConfigError where weights or moments in fewer bits do not go with the rest."""
+        weights_bf16 = self.weight_precision is WeightPrecision.BF16
+        moments_fp32 = self.moment_precision is MomentPrecision.FP32
+        _require(
+            self.optimizer is Optimizer.ADAMW or (moments_fp32 and not weights_bf16),
+            "training.optimizer", self.optimizer.value,
+            "adamw where training.weight_precision or training.moment_precision is not fp32",
+        )
+        _require(
+            not weights_bf16 or self.precision in (Precision.AUTO, Precision.BF16),
+            "training.precision", self.precision.value,
+            "auto or bf16 where training.weight_precision is bf16",
+        )
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,14 @@ from svend.device import (
     resolve_device,
     resolve_precision,
 )
-from svend.errors import GateFailure, Interrupted, ResourceError, TrialPruned, UserError
+from svend.errors import (
+    GateFailure,
+    Interrupted,
+    RankLost,
+    ResourceError,
+    TrialPruned,
+    UserError,
+)
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
@@ -226,7 +233,9 @@ class ScaleRunner:
             finally:
                 signals.closing()
                 if tracked is not None:
-                    self._close(tracked, signals, status, reason)
+                    # A checkpoint of which a part will never come is not waited for.
+                    self._close(tracked, signals, status, reason,
+                                saves=not isinstance(failure, RankLost))
                 elif reason is not None:
                     end_joined_run(status, reason)
                 if folder is not None:
@@ -285,7 +294,7 @@ class ScaleRunner:
                 crew, force=force,
             )
         show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                  describe_device(job.device), job.carried)
+                  describe_device(job.device), job.carried, job.sharing)
         if self.nested is not None:
             self.nested.prepared(job)
         return job
@@ -307,11 +316,12 @@ class ScaleRunner:
         return show_checks(self._console, checks.run())
 
     def _close(
-        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None
+        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None,
+        *, saves: bool,
     ) -> None:
         """Wait for what is on its way, as long as there is time, and end the run."""
         job = self._job
-        if job is not None and not signals.at_once:
+        if job is not None and saves and not signals.at_once:
             self._close_checkpoints(job)
         at_once = signals.at_once
         wait_seconds = min(
@@ -324,7 +334,8 @@ class ScaleRunner:
         for line in unsent:
             say(self._console, line)
         if job is not None:
-            if not unsent and not signals.at_once and not job.manager.list_checkpoints():
+            waits = saves and not unsent and not signals.at_once
+            if waits and not job.manager.list_checkpoints():
                 job.folder.discard_if_empty()
             job.folder.release()
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from svend import cuda
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, UserError, one_line
 from svend.models.shards import is_sharded
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.guard import StepGuard
+from svend.training.low_memory import prepare_weights
 from svend.training.optimizers import build_optimizer
 from svend.training.parallel import Ranks, replicate_model
 from svend.training.schedules import learning_rate_factor
@@ -78,7 +80,7 @@ class TrainState:
             "rng_cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+            state["rng_cuda"] = cuda.random_state(self.device)
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ class TrainState:
             horizons = [Horizon(**horizon) for horizon in state.get("horizons", [])]
             torch.set_rng_state(state["rng_cpu"])
             if "rng_cuda" in state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+                cuda.set_random_state(state["rng_cuda"], self.device)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -120,6 +122,7 @@ def build_state(
     Of several processes, each holds a part of a model that is sharded, else the whole model.
     """
     model.to(device)
+    prepare_weights(model, training)
     replicated = ranks.size > 1 and not any(map(is_sharded, model.parameters()))
     forward = replicate_model(model, device) if replicated else model
     optimizer = build_optimizer(model, training)
