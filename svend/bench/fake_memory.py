@@ -28,7 +28,7 @@ from svend.pipeline.config import (
     WeightPrecision,
     get_model_config,
 )
-from svend.planning.memory import MOMENT_BYTES, MemoryPlan, predict_memory
+from svend.planning.memory import MOMENT_BYTES, predict_memory
 from svend.training.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
@@ -119,8 +119,3 @@ def _optimizer_state(
         torch.empty(round(p.numel() * (of_matrix if p.dim() == 2 else 8)), dtype=torch.uint8)
         for p in model.parameters()
     ]
-
-
-def parts_of(plan: MemoryPlan) -> str:
-    """Return the parts in GB, as one line."""
-    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.parts().items())

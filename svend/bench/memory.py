@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svend.bench.memory_check import MemoryCheck
@@ -22,6 +22,7 @@ from svend.pipeline.config import (
     get_model_config,
 )
 from svend.planning.memory import predict_memory
+from svend.planning.plan import CPU_LATE_CODE_BYTES
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,5 +97,6 @@ def measure_peak(combination: Combination) -> MemoryCheck:
         raise UserError(f"bench memory: {combination} ended: {one_line(reason)[:300]}")
     measured = json.loads(done.stdout.splitlines()[-1])
     model, training = get_model_config(ModelScale(combination.scale)), combination.training()
-    predicted = predict_memory(model, training, measured["process_bytes"])
-    return MemoryCheck(model.name, replace(training), predicted.total, measured["peak_bytes"])
+    held = measured["process_bytes"] + CPU_LATE_CODE_BYTES
+    predicted = predict_memory(model, training, held)
+    return MemoryCheck(model.name, training, predicted.total, measured["peak_bytes"])

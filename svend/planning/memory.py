@@ -30,7 +30,8 @@ MOMENT_BYTES = {
     MomentPrecision.INT8: 2 * (1 + FP32_BYTES / 256),
     MomentPrecision.INT4: 2 * (0.5 + FP32_BYTES / 128),
 }
-# What the allocator holds beyond the tensors. On CPU measured (docs/scaling.md); on CUDA assumed.
+# What the allocator holds beyond the tensors. On CPU from whole runs, and -9% to 44% over two steps
+# (docs/scaling.md); on CUDA assumed.
 ALLOCATOR_SHARE = {"cpu": 0.1, "cuda": 0.03}
 
 
