@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from svend import cuda
 from svend.errors import ResourceError
 from svend.pipeline.config import Device, Precision
 
@@ -27,19 +28,25 @@ DTYPES = {
 }
 # What torch.cpu.get_capabilities calls matrix products in bf16, on x86 and on Arm.
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "arm_bf16")
-HOPPER = (9, 0)  # the CUDA compute capability of an H100
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device; raises ResourceError if CUDA is asked for and absent."""
-    has_cuda = torch.cuda.is_available()
+    """Return the device; raises ResourceError if CUDA is asked for and absent, or torch too old."""
+    has_cuda = cuda.is_available()
     if device is Device.CUDA and not has_cuda:
         raise ResourceError(
             "training.device = cuda: torch finds no CUDA device; check nvidia-smi and that torch "
             f"({torch.__version__}) is a CUDA build, or set training.device=cpu"
         )
-    return torch.device("cuda" if has_cuda and device is not Device.CPU else "cpu")
+    if not has_cuda or device is Device.CPU:
+        return torch.device("cpu")
+    if not cuda.groups_queries():
+        raise ResourceError(
+            f"torch {torch.__version__}: its varlen_attn takes no grouped queries (enable_gqa), "
+            "which attention on CUDA needs; install torch 2.13"
+        )
+    return torch.device("cuda")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
@@ -47,8 +54,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if precision is not Precision.AUTO:
         return precision
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Precision.BF16 if native else Precision.FP16
+        return Precision.BF16 if cuda.multiplies_in_bf16() else Precision.FP16
     return Precision.BF16 if multiplies_in_bf16() else Precision.FP32
 
 
@@ -60,18 +66,18 @@ def multiplies_in_bf16() -> bool:
 
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise ResourceError if the device cannot compute in this precision."""
-    if precision is Precision.BF16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    ):
+    if precision is not Precision.BF16 or device.type != "cuda":
+        return
+    if not cuda.multiplies_in_bf16():
         raise ResourceError(
-            f"training.precision = bf16: {torch.cuda.get_device_name()} has no bf16; "
+            f"training.precision = bf16: {cuda.device_name(device)} has no bf16; "
             "set training.precision=fp16"
         )
 
 
 def check_float8(precision: Precision, device: torch.device) -> None:
     """Raise ResourceError if the device, or the packages here, cannot multiply in float8."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+    if device.type != "cuda" or not cuda.multiplies_in_float8(device):
         raise ResourceError(
             f"training.float8 = true: {describe_device(device)} does not multiply in float8; it "
             "takes an H100 or newer; set training.float8=false"
@@ -99,13 +105,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on the device; to CUDA by way of pinned memory, without waiting."""
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return cuda.copy_through_pinned_memory(tensor, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was told; a CPU always has."""
+    if device.type == "cuda":
+        cuda.synchronize(device)
 
 
 def describe_device(device: torch.device) -> str:
     """Return the device's name as people know it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return cuda.device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -137,8 +149,7 @@ def can_compile(device: torch.device) -> bool:
 def available_bytes(device: torch.device) -> int:
     """Return the memory that this process can have in all, what it holds now included."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
+        return cuda.available_bytes(device)
     held = psutil.Process().memory_info().rss
     available = psutil.virtual_memory().available + held
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -150,7 +161,7 @@ def available_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory that this process has held on the device so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return cuda.peak_bytes(device)
     import resource  # not on Windows, where only CUDA runs report a peak
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -191,14 +191,13 @@ def take_up(ranks: Ranks, folder: Path, layout: Layout, stop: int) -> list[float
     if manager.list_checkpoints():
         replica.call(load_state, manager.find_latest().path)
     losses = [float(metrics.loss) for metrics in stage_steps(replica, stop)]
-    model, optimizer = state.model, state.optimizer
     if replica.sharded:
         place = manager.prepare_folder(state.step, sharded_bytes(replica))
         replica.call(begin_partial_save, place)
-        model = optimizer = None
     saving = manager.save_in_background(
-        model, optimizer, state.scheduler, state.step, 0, {"loss": losses[-1]},
-        state.extra_state(), partial=replica.partial,
+        None if replica.sharded else state.model, None if replica.sharded else state.optimizer,
+        state.scheduler, state.step, 0, {"loss": losses[-1]}, state.extra_state(),
+        partial=replica.partial,
     )
     # Training goes on meanwhile: what is saved is a copy.
     with torch.no_grad():

@@ -19,8 +19,9 @@ import torch
 
 from svend.bench.spec import Spec
 from svend.data.corpus import build_corpus
+from svend.device import resolve_device
 from svend.errors import UserError
-from svend.pipeline.config import DataConfig, ModelConfig, Precision
+from svend.pipeline.config import DataConfig, Device, ModelConfig, Precision
 from svend.planning.flops import train_flops_per_token
 from svend.planning.probe import measure_matmul_peak
 
@@ -176,7 +177,7 @@ def make_spec(model: ModelConfig, batch_size: int, length: int, documents: str |
         heads=model.num_attention_heads, kv_heads=model.num_key_value_heads,
         intermediate_size=model.intermediate_size, vocab_size=model.vocab_size,
         batch_size=batch_size, length=length,
-        device="cuda" if torch.cuda.is_available() else "cpu", documents=documents,
+        device=resolve_device(Device.AUTO).type, documents=documents,
     )
 
 

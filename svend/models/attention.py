@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svend import cuda
 from svend.device import to_device
 
 QUERY_BLOCK = 256
@@ -101,16 +102,9 @@ def attend(
 
 
 def _attend_varlen(q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, offsets_E: Tensor) -> Tensor:
-    # Here, for it loads the compiler, which a run on CPU may not need.
-    from torch.nn.attention.varlen import varlen_attn
-
     batch, _, length, _ = q_BHTS.shape
     q_NHS, k_NKS, v_NKS = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
-    out_NHS = varlen_attn(
-        q_NHS, k_NKS, v_NKS, offsets_E, offsets_E, length, length,
-        window_size=(-1, 0), enable_gqa=True,
-    )
-    assert isinstance(out_NHS, Tensor)  # without the auxiliary outputs that were not asked for
+    out_NHS = cuda.attend_varlen(q_NHS, k_NKS, v_NKS, offsets_E, length)
     return out_NHS.view(batch, length, *out_NHS.shape[1:]).transpose(1, 2)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from svend import cuda
 from svend.errors import CheckpointError, one_line
 from svend.pipeline.state_files import read_state
 
@@ -343,7 +344,7 @@ class Snapshots:
 
         whole = copy_of(state, ())
         if any(tensor.is_pinned() for tensor in self._buffers.values()):
-            torch.cuda.synchronize()
+            cuda.synchronize()
         return whole
 
     def _filled(self, place: tuple[Any, ...], value: torch.Tensor) -> torch.Tensor:

@@ -384,17 +384,16 @@ class TrainingConfig:
 
     def apply_scale_defaults(self) -> None:
         """Set what `conf/scale/` says of training at this scale: batch size, learning rate, ..."""
-        for name, value in read_group("scale", self.model_scale.value)["training"].items():
-            if name != "model_scale":
-                setattr(self, name, value)
+        for name, value in _training_of(self.model_scale).items():
+            setattr(self, name, value)
 
     def at_scale(self, scale: ModelScale) -> TrainingConfig:
         """Return a copy for another scale: its defaults, except for what was set by hand."""
         unset = TrainingConfig()
         of_scale = {
             name: value
-            for name, value in read_group("scale", scale.value)["training"].items()
-            if name != "model_scale" and getattr(self, name) == getattr(unset, name)
+            for name, value in _training_of(scale).items()
+            if getattr(self, name) == getattr(unset, name)
         }
         return dataclasses.replace(self, model_scale=scale, **of_scale)
 
@@ -700,6 +699,16 @@ class PipelineConfig:
 def get_model_config(scale: ModelScale) -> ModelConfig:
     """Return the architecture of a scale, from `conf/scale/`."""
     return ModelConfig(**read_group("scale", scale.value)["model"])
+
+
+def _training_of(scale: ModelScale) -> dict[str, Any]:
+    """Return what `conf/scale/` says of training at a scale, other than which scale it is."""
+    enums = {"weight_precision": WeightPrecision, "moment_precision": MomentPrecision}
+    return {
+        name: enums[name](value) if name in enums else value
+        for name, value in read_group("scale", scale.value)["training"].items()
+        if name != "model_scale"
+    }
 
 
 def _default_data() -> DataConfig:

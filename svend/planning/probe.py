@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from svend.device import DTYPES, autocast
+from svend.device import DTYPES, autocast, synchronize
 from svend.models.attention import lay_out_documents
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8
@@ -88,7 +88,6 @@ def _fastest(work: Callable[[], object], device: torch.device, repeats: int) -> 
     while len(times) <= repeats and sum(times) < LONGEST_PROBE_SECONDS:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)

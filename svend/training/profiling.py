@@ -10,6 +10,7 @@ import torch
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
+from svend import cuda
 from svend.training.loop import StepMetrics
 
 # Before these, caches fill and compilers work.
@@ -37,7 +38,7 @@ def profiled_steps(
     for _ in range(skipped):
         yield next(steps)
     activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    if cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     count = min(PROFILED_STEPS, remaining_steps)
     with profile(activities=activities) as profiler:
@@ -53,7 +54,7 @@ def profiled_steps(
 
 def _most_expensive(profiler: profile, steps: int) -> str:
     """Return a table of parts by the time spent in them and in nothing that they call."""
-    on_cuda = torch.cuda.is_available()
+    on_cuda = cuda.is_available()
     parts = [
         (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event)
         for event in profiler.key_averages()

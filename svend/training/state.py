@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from svend import cuda
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, UserError, one_line
 from svend.models.shards import is_sharded
@@ -79,7 +80,7 @@ class TrainState:
             "rng_cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+            state["rng_cuda"] = cuda.random_state(self.device)
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -96,7 +97,7 @@ class TrainState:
             horizons = [Horizon(**horizon) for horizon in state.get("horizons", [])]
             torch.set_rng_state(state["rng_cpu"])
             if "rng_cuda" in state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+                cuda.set_random_state(state["rng_cuda"], self.device)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import torch
-
+from svend import cuda
 from svend.errors import UserError
 
 # Deaths of workers after which something other than bad luck is at work.
@@ -68,8 +67,8 @@ class WorkerProcesses:
     def _start(self, number: int) -> None:
         threads = max(1, (os.cpu_count() or 1) // self._count)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        if (count := cuda.device_count()) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % count)
         log = self._log(number).open("ab")
         self._logs.append(log)
         self._processes[number] = subprocess.Popen(
