@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
@@ -25,6 +24,7 @@ from svend.errors import ConfigError, ResourceError
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.generation import Decoder, PlainTurn, Request
 from svend.models.parametrisation import group_of
+from svend.models.shards import part_of, whole
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import (
@@ -39,6 +39,7 @@ from svend.pipeline.config import (
     WeightPrecision,
 )
 from svend.pipeline.loading import load_config
+from svend.pipeline.sharded_files import lay_out
 from svend.pipeline.version_files import WEIGHTS, load_version_model, write_weights
 from svend.training.loop import train_steps
 from svend.training.low_memory import RoundedAdamW, prepare_weights, round_stochastically
@@ -452,24 +453,23 @@ def _train_sharded(rank: int, folder: str, shards: int) -> None:
             torch.manual_seed(0)
             module = nn.Linear(256, 64, bias=False)
             prepare_weights(module, training)
-            fully_shard(module, mesh=mesh)
+            if shards > 1:
+                fully_shard(module, mesh=mesh)
             optimizer = build_optimizer(module, training)
             generator = torch.Generator().manual_seed(1)
             for step in range(4):
                 gradient = torch.randn(64, 256, generator=generator).to(module.weight.dtype)
-                module.weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
-                if step == 2:
-                    again = build_optimizer(module, training)
-                    again.load_state_dict(optimizer.state_dict())
-                    optimizer = again
+                module.weight.grad = part_of(gradient, module.weight)
+                if step == 2:  # as from a checkpoint of any number of processes
+                    saved = optimizer.state_dict()
+                    saved["state"] = {0: {k: whole(v) for k, v in saved["state"][0].items()}}
+                    optimizer = build_optimizer(module, training)
+                    optimizer.load_state_dict(lay_out(saved, module.weight))
                 take_step(optimizer, torch.tensor(step != 1))
-            states = {
-                name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                for name, tensor in optimizer.state_dict()["state"][0].items()
-            }
-            whole = {"weight": module.weight.full_tensor(), **states}
+            states = optimizer.state_dict()["state"][0]
+            reached = {k: whole(v).detach() for k, v in {"weight": module.weight, **states}.items()}
             if rank == 0:
-                torch.save(whole, f"{folder}/{shards}-{weights.value}-{moments.value}.pt")
+                torch.save(reached, f"{folder}/{shards}-{weights.value}-{moments.value}.pt")
     torch.distributed.destroy_process_group()
 
 

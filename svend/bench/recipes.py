@@ -169,7 +169,7 @@ def train_recipe(
     model.initialize(seed)
     stream = BatchStream(PackedSequences(corpus.train, data, seed), setting.batch_size)
     state = build_state(model, stream, training, setting.steps, cpu)
-    state.model = Widened(model)
+    state.forward = Widened(model)
     gradient_bytes = dict.fromkeys(model.parameters(), 0)
 
     def note_gradient(parameter: Tensor) -> None:
@@ -177,13 +177,15 @@ def train_recipe(
         gradient_bytes[parameter] = parameter.grad.nbytes
 
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(note_gradient)
+        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            note_gradient
+        )
     ended_seconds, step_seconds = time.perf_counter(), []
     for _ in train_steps(state, replace(training, precision=Precision.FP32), setting.steps):
         began_seconds, ended_seconds = ended_seconds, time.perf_counter()
         step_seconds.append(ended_seconds - began_seconds)
     heldout = PackedSequences(corpus.heldout, data, 0).first(HELDOUT_SEQUENCES)
-    loss = measure_heldout_loss(state.model, heldout, Precision.FP32, cpu).loss
+    loss = measure_heldout_loss(state.forward, heldout, Precision.FP32, cpu).loss
     parameters = sum(p.numel() for p in model.parameters())
     return Result(
         name, seed, loss if math.isfinite(loss) else None,

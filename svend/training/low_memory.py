@@ -219,22 +219,30 @@ def plain_tensors(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tens
     for name, tensor in state.items():
         if hasattr(tensor, "codes"):
             for part in ("codes", "scale"):
-                plain[f"{name}.{part}"] = _sharded_as(parameter, getattr(tensor, part))
+                plain[f"{name}.{part}"] = _by_rows(parameter, getattr(tensor, part))
         else:
-            plain[name] = tensor if name == "step" else _sharded_as(parameter, tensor)
+            plain[name] = tensor if name == "step" else _by_rows(parameter, tensor)
     return plain
 
 
-def _sharded_as(parameter: Tensor, part: Tensor) -> Tensor:
-    """Return this process's part of a state as a part of the whole, row by row."""
-    if not is_sharded(parameter) or is_sharded(part):
+def _by_rows(parameter: Tensor, part: Tensor) -> Tensor:
+    """Return codes or scales with as many rows as their parameter, where they can be cut so.
+
+    Then any number of processes can share them as they share the parameter.
+    """
+    if is_sharded(part):
+        return part
+    here = local(parameter).shape
+    if part.shape != here and part.numel() % here[0] == 0:
+        part = part.view(here[0], -1)
+    if not is_sharded(parameter):
         return part
     from torch.distributed.tensor import DTensor
 
-    part = part.view(local(parameter).shape[0], -1)
+    shape = torch.Size((parameter.shape[0], *part.shape[1:]))
     return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=torch.Size((parameter.shape[0], part.shape[1])), stride=(part.shape[1], 1),
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )
 
 
