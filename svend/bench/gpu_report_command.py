@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from svend import cuda
     from svend.bench.gpu_report import Verdict
     from svend.bench.gpu_report_pages import MARKDOWN, write_report
+    from svend.bench.gpu_report_training import parts_of
     from svend.bench.gpu_report_worker import run_parts
 
     if not rehearsal and not cuda.is_available():
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
              "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     outcomes, page = [], ""
     for outcome in run_parts(
-        rehearsal=rehearsal, seconds=60 * minutes,
+        parts_of, rehearsal=rehearsal, seconds=60 * minutes,
         begin=lambda part: print(f"{part}: begun", flush=True),
     ):
         outcomes.append(outcome)
