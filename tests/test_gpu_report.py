@@ -179,7 +179,7 @@ def plan_of_half(patch: pytest.MonkeyPatch) -> None:
     ("loss kernel", loss_of_half_the_tokens, "loss, not compiled: error"),
     ("loss parity with the CPU", other_weights_on_the_device, "largest deviation, fp32"),
     ("save and resume", random_state_forgotten, "resumed: largest deviation"),
-    ("save and resume", optimizer_forgotten, "not bit for bit"),
+    ("save and resume", optimizer_forgotten, "tensors that came back"),
     pytest.param("low-memory optimizers", moments_in_fp32, "bytes of its moments",
                  marks=pytest.mark.slow),
     ("float8", float8_of_other_weights, "output: error"),
