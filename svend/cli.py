@@ -14,10 +14,11 @@ from svend.bench import (
     faults_command,
     gpu_report_command,
     parametrisation_command,
+    recipes_command,
 )
 from svend.bench import command as bench_command
 from svend.errors import ConfigError, Interrupted, RankLost, UserError, one_line
-from svend.pipeline import exchange_command, sync_command
+from svend.pipeline import exchange_command, plan_command, sync_command
 from svend.pipeline.compare import command as compare_command
 from svend.pipeline.config import (
     BENCHMARK_NAMES,
@@ -47,6 +48,7 @@ examples:
   python -m svend train --resume
   python -m svend validate --scale small
   python -m svend plan --scale xl --hparams hparams.yaml --training.max_steps 10000
+  python -m svend plan --scale flagship --gpu a100-80gb
 """
 EVALUATE_HELP = """\
 the settings are those that the version was trained with; any can be overridden, such as
@@ -182,9 +184,11 @@ def _run_without_config(known: argparse.Namespace, rest: Sequence[str]) -> int:
         "bench scaling": bench_command.run_scaling,
         "bench data": bench_command.run_data,
         "bench generate": bench_command.run_generate,
+        "bench memory": bench_command.run_memory,
         "bench serve": bench_command.run_serve,
         "bench transfer": parametrisation_command.run_transfer,
         "bench faults": faults_command.run,
+        "bench recipes": recipes_command.run,
         "bench --gpu-report": gpu_report_command.run,
     }
     return measured[name](known)
@@ -207,12 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         commands, "train", "train one scale as a tracked run",
         "Train one scale as a tracked run: plan, train, gate, save, register.",
     )
-    _config_command(
+    plan_command.add_options(_config_command(
         commands, "plan", "print what a run would do, without doing it",
         "Print the plan of a run: parameters, tokens, FLOPs, memory, and what becomes of a sweep's "
         "values (--hparams FILE). No weights are made and nothing is measured; data are read only "
-        "where training.max_steps is not set.",
-    )
+        "where training.max_steps is not set. With --gpu: memory by part, time, and the settings "
+        "that fit, on GPUs that need not be here; no data are read.",
+    ))
     _config_command(
         commands, "validate", "try what breaks runs, before one begins",
         "Check device, memory, disk, data, tokenizer, tracking store, a first step and a "
@@ -327,6 +332,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Time decoding beside Hugging Face's generate with the same weights.",
         allow_abbrev=False,
     ))
+    bench_command.add_memory_options(kinds.add_parser(
+        "memory", help="the plan's peak memory, beside what is taken",
+        description="Hold the predicted peak memory against what processes take, or, with --fake, "
+        "against what PyTorch's tracker counts at every scale. Exit code 1 above 10%.",
+        allow_abbrev=False,
+    ))
     bench_command.add_serve_options(kinds.add_parser(
         "serve", help="the server, with many clients at once",
         description="Drive a server with many clients at once; say what they waited for.",
@@ -337,6 +348,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train models of several widths and depths at several learning rates.",
         epilog=parametrisation_command.TRANSFER_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))
+    recipes_command.add_options(kinds.add_parser(
+        "recipes", help="what low-memory recipes cost in loss, beside AdamW in fp32",
+        description="Train by each recipe from the same seeds on the same data as AdamW in fp32.",
+        epilog=recipes_command.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     ))
     faults_command.add_options(kinds.add_parser(
         "faults", help="ladders with planted faults, and healthy ones",
@@ -452,6 +469,11 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if resume not in ("true", "false", "force"):
             raise ConfigError(f"resume = {resume}: must be true, false or force")
         overrides = _config_overrides(known, rest)
+        if known.command == "plan":
+            if known.gpu is not None:
+                plan_command.run(known, groups, overrides)
+                return 0
+            plan_command.refuse_without_gpu(known)
         config = load_config(groups, overrides)
         print("starting: loading torch and mlflow", flush=True)
         from svend.pipeline.runner import ScaleRunner
@@ -491,9 +513,10 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
-    if result.interrupted_at_once:
+    if result.interrupted_at_once or isinstance(result.error, RankLost):
         sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
+        # Not waiting for a save that is under way, or to which a process has not come.
+        os._exit(EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR)
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from svend.pipeline import record
+from svend.planning import plan
+from tests.prepared import data_cache, keep_in, lay_empty_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -36,9 +42,12 @@ DEBUG_OVERRIDES = {
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with its own tracking store, checkpoints and cache."""
+    """A folder with its own tracking store and checkpoints."""
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        lay_empty_store(self.folder / "mlflow.db")
 
     @property
     def tracking_uri(self) -> str:
@@ -66,7 +75,7 @@ class Workplace:
         return {
             **DEBUG_OVERRIDES,
             "checkpoint_dir": str(self.checkpoints),
-            "data.cache_dir": str(self.folder / "cache"),
+            "data.cache_dir": str(data_cache()),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
 
@@ -90,6 +99,22 @@ class Workplace:
             command, cwd=self.folder, env=self.environment, text=True, check=False, timeout=180,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared = tmp_path_factory.getbasetemp()
+    # xdist gives each process a folder in that of the session.
+    keep_in((shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "prepared")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine_looked_at_once() -> Iterator[None]:
+    """Have runs in this process measure the machine and list its packages only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "installed_packages", cache(record.installed_packages))
+        patch.setattr(plan, "measure_matmul_peak", cache(plan.measure_matmul_peak))
+        yield
 
 
 @pytest.fixture

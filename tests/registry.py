@@ -25,6 +25,7 @@ from svend.pipeline.schema import to_yaml
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import open_version, register_checkpoint
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import lay_empty_store
 
 MODEL = "svend-raced"
 # What passes every level, but for the metrics that a benchmark must be read for.
@@ -56,6 +57,7 @@ def model_of(request: pytest.FixtureRequest) -> str:
 @contextmanager
 def store(folder: Path) -> Iterator[str]:
     """Have MLflow use a store of its own in a folder, which becomes the current one."""
+    lay_empty_store(folder / "mlflow.db")
     before, uri = Path.cwd(), f"sqlite:///{folder / 'mlflow.db'}"
     # MLflow keeps the experiment in the environment too, which other tests' processes inherit.
     with mock.patch.dict(os.environ):

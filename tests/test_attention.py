@@ -83,7 +83,9 @@ def run(starts_BT: Tensor, fused: bool, *qkv: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_the_compiled_backward_pass_gives_the_eager_ones_gradients(dtype: torch.dtype) -> None:
     for length, seed in ((300, 1), (513, 2)):
         tensors, documents_BT = draw(2, length, 2, 4, 32, seed)

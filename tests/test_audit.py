@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from svend.pipeline.promotion.audit import audit_model, repair_aliases
 from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of
-from tests.registry import GATES, GOOD, MadeVersion, history, make_version, model_of, promote, store
+from tests.registry import GATES, GOOD, MadeVersion, history, make_version, promote, store
 
 FULL = GateLevel.FULL
 
@@ -30,21 +31,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
+@pytest.fixture(scope="module")
+def kept(folder: Path) -> Iterator[tuple[MadeVersion, sqlite3.Connection, dict[str, bytes]]]:
+    """A version that is full, by a record that is whole, with copies of its store and files."""
+    made = make_version(folder, 1, model="a-whole")
+    promote(FULL, made.version, model=made.model)
+    assert audit_model(made.model, GATES) == []
+    with closing(sqlite3.connect(":memory:")) as copy:
+        with _database() as database:
+            database.backup(copy)
+        yield made, copy, {path.name: path.read_bytes() for path in made.folder.iterdir()}
+
+
 @pytest.fixture
-def made(request: pytest.FixtureRequest, folder: Path) -> MadeVersion:
-    """A version that is full, by a record that is whole."""
-    name = model_of(request)
-    made = make_version(folder, 1, model=name)
-    promote(FULL, made.version, model=name)
-    assert audit_model(name, GATES) == []
+def made(kept: tuple[MadeVersion, sqlite3.Connection, dict[str, bytes]]) -> MadeVersion:
+    """That version, as if no other test had been."""
+    made, copy, files = kept
+    with _database() as database:
+        copy.backup(database)
+    for name, content in files.items():
+        (made.folder / name).write_bytes(content)
     return made
+
+
+def _database() -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(mlflow.get_tracking_uri().removeprefix("sqlite:///")))
 
 
 def _sql(statement: str, *values: str) -> None:
     """Change the store behind MLflow's back; exactly one row must be hit."""
-    with sqlite3.connect(mlflow.get_tracking_uri().removeprefix("sqlite:///")) as database:
+    with _database() as database, database:
         assert database.execute(statement, values).rowcount == 1
-    database.close()
 
 
 def _kinds(model: str) -> list[tuple[str, str | None]]:

@@ -17,9 +17,9 @@ from svend.bench.report import comparison_table, plot_comparisons
 from svend.bench.spec import Spec
 from svend.bench.train import Comparison, Timing, _check_parameters, compare
 from svend.bench.worker import CONTESTANTS
-from svend.cli import EXIT_USER_ERROR
 from svend.errors import UserError
 from svend.pipeline.config import ModelConfig, ModelScale, get_model_config
+from tests.refusals import refusal_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = Spec(
@@ -102,14 +102,10 @@ def test_a_contestant_that_ends_is_named_with_its_last_words() -> None:
     (["--rounds", "0"], "bench: --rounds and --steps must be at least 1"),
     (["--peers", "litgpt"], "bench: litgpt is not installed; see svend bench train --help"),
 ])
-def test_a_mistake_is_one_line(options: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "svend", "bench", "train", *options],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )
-    assert done.returncode == EXIT_USER_ERROR
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in refusal_of(["bench", "train", *options], tmp_path, capsys)
 
 
 @pytest.mark.slow

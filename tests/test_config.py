@@ -157,10 +157,10 @@ def test_schema_defaults_fill_what_no_file_states(own_conf: Path) -> None:
 
 def test_a_scale_names_its_own_preset_and_the_command_line_another() -> None:
     assert load_config().preset == "laptop"
-    assert load_config().training.batch_size == 4
+    assert load_config().training.gradient_accumulation_steps == 1
     full = load_config({"preset": "full"})
     assert full.preset == "full"
-    assert full.training.batch_size == 8
+    assert full.training.gradient_accumulation_steps == 4
     assert load_config({"scale": "small"}).preset == "full"
 
 

@@ -38,7 +38,9 @@ def test_completep_is_flat_and_the_standard_parametrisation_is_not(optimizer: Op
     assert {"width attention", "width feed-forward", "width residual", "width logits"} <= standard
 
 
-@pytest.mark.parametrize("optimizer", Optimizer)
+@pytest.mark.parametrize("optimizer", [
+    Optimizer.ADAMW, pytest.param(Optimizer.MUON, marks=pytest.mark.slow),
+])
 @pytest.mark.parametrize(("rule", "seen_in"), [
     (Rule.HIDDEN_RATE, "width feed-forward"),
     (Rule.HIDDEN_INIT, "width attention"),

@@ -26,6 +26,7 @@ from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokeni
 from svend.data.tool_dialogues import tool_use_documents
 from svend.errors import ConfigError, DataError, UserError
 from svend.pipeline.config import DataConfig
+from tests.prepared import data_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -92,9 +93,8 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 @pytest.fixture(scope="module")
-def embedded_corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    data = embedded_data(tmp_path_factory.mktemp("cache"), 400)
-    return build_corpus(data, 1024, 0, silent)
+def embedded_corpus() -> Corpus:
+    return build_corpus(embedded_data(data_cache(), 400), 1024, 0, silent)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from svend.training.loop import StepMetrics, train_steps
 from svend.training.optimizers import build_optimizer, take_step
 from svend.training.state import TrainState
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 from tests.test_training import make_model, make_state, make_training
 
@@ -252,7 +253,7 @@ class Workshop:
         return {
             **SMALL, "training.experiment_name": experiment,
             "checkpoint_dir": str(self.folder / "checkpoints"),
-            "data.cache_dir": str(self.folder / "cache"),
+            "data.cache_dir": str(data_cache()),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
 

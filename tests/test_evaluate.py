@@ -1,4 +1,4 @@
-"""`svend evaluate`: benchmarks on a registered version, by real processes on a real store."""
+"""`svend evaluate`: benchmarks on a registered version, in a real store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from tests.conftest import Workplace
+from tests.in_process import run_here
 
 QUICK = {"evaluation.problems": "12", "evaluation.max_new_tokens": "24"}
 
@@ -20,7 +21,7 @@ QUICK = {"evaluation.problems": "12", "evaluation.max_new_tokens": "24"}
 @pytest.fixture(scope="module")
 def trained(shared_workplace: Workplace) -> Workplace:
     """A workplace with one registered version of the debug model."""
-    done = shared_workplace.run(shared_workplace.train_command(
+    done = run_here(shared_workplace, shared_workplace.train_command(
         training__max_steps="20", evaluation__every_steps="10", training__save_steps="10",
         eval_benchmarks="[accuracy]", **{k.replace(".", "__"): v for k, v in QUICK.items()},
     ))
@@ -30,7 +31,7 @@ def trained(shared_workplace: Workplace) -> Workplace:
 
 def _evaluate(place: Workplace, model: str, benchmarks: str, **changes: str) -> Any:
     pairs = [word for key, value in {**QUICK, **changes}.items() for word in (f"--{key}", value)]
-    return place.run([sys.executable, "-m", "svend", "evaluate", "--model", model,
+    return run_here(place, [sys.executable, "-m", "svend", "evaluate", "--model", model,
                       "--benchmarks", benchmarks, *pairs])
 
 
@@ -135,7 +136,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
 
 @pytest.mark.slow
 def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Workplace) -> None:
-    done = trained.run([
+    done = run_here(trained, [
         sys.executable, "-m", "svend", "promote", "--model", "svend-debug", "--version", "1",
         "--to", "standard", "--training.heldout_sequences", "4",
     ])
@@ -143,8 +144,8 @@ def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Wo
     assert "svend-debug version 1: renewed, standard" in done.stdout
     assert "gradient_norm: on record, measured by run" in done.stdout
     assert "loss: on record" not in done.stdout
-    told = json.loads(trained.run(
-        [sys.executable, "-m", "svend", "history", "svend-debug", "--json"]
+    told = json.loads(run_here(
+        trained, [sys.executable, "-m", "svend", "history", "svend-debug", "--json"]
     ).stdout)
     rows = {row["metric"]: row for row in told[-1]["decided"]["rows"]}
     assert rows["loss"]["sample_size"] == 4
@@ -152,7 +153,9 @@ def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Wo
     assert run.info.run_name == "promote-svend-debug-v1-to-standard"
     assert run.data.metrics["eval/heldout_loss"] == rows["loss"]["value"]
     assert rows["gradient_norm"]["run_id"] == _version(trained).run_id
-    audited = trained.run([sys.executable, "-m", "svend", "audit", "--model", "svend-debug"])
+    audited = run_here(
+        trained, [sys.executable, "-m", "svend", "audit", "--model", "svend-debug"]
+    )
     assert audited.returncode == 1
     assert "was decided with training.heldout_sequences = 4" in audited.stdout
 

@@ -28,6 +28,7 @@ from svend.pipeline.init_from import find_starting_point
 from svend.pipeline.runner import ScaleRunner
 from svend.pipeline.version_files import WEIGHTS, write_weights
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 
 SAID = conversation((Role.USER, "What is 3 * 4? é €"), (Role.ASSISTANT, "The answer is #### 12"))
@@ -90,7 +91,7 @@ def _config(folder: Path, **changes: str) -> Any:
     return load_config({}, list({
         **DEBUG_OVERRIDES, "training.max_steps": "20", "training.save_steps": "20",
         "training.compile": "off",
-        "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(folder / "cache"),
+        "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(data_cache()),
         **changes,
     }.items()))
 
@@ -180,7 +181,7 @@ def test_an_import_is_a_checkpoint_that_trains_on(trained: Path, tmp_path: Path)
                  "training.max_steps": "8", "training.save_steps": "8",
                  "training.learning_rate": "1e-3", "strict_validation": "false",
                  "checkpoint_dir": str(tmp_path / "checkpoints"),
-                 "data.cache_dir": str(trained / "cache")}
+                 "data.cache_dir": str(data_cache())}
     config = load_config({}, list({**overrides, **settings}.items()))
     result = ScaleRunner(config).run()
     assert result.success, result.reason

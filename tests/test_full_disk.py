@@ -20,6 +20,7 @@ from svend.pipeline.config import FullDisk, load_config
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 
 DISK_BYTES = 8 * 2**20
@@ -181,7 +182,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _runner(folder: Path, checkpoint_dir: Path, **changes: str) -> ScaleRunner:
     settings = {
         **DEBUG_OVERRIDES, "checkpoint_dir": str(checkpoint_dir),
-        "data.cache_dir": str(folder / "cache"), "training.max_steps": "20",
+        "data.cache_dir": str(data_cache()), "training.max_steps": "20",
         "training.save_steps": "10", "training.compile": "off",
         **{key.replace("__", "."): value for key, value in changes.items()},
     }

@@ -21,6 +21,7 @@ from svend.pipeline.hyperparameters import (
     read_hyperparameters,
 )
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 
 VALUES = {
     "training.learning_rate": 4e-3, "training.weight_decay": 0.2, "training.adam_beta2": 0.95,
@@ -172,9 +173,9 @@ def test_a_plan_refuses_what_a_run_refuses(
 
 
 def test_steps_are_counted_on_the_data_where_they_are_not_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = {**DEBUG_OVERRIDES, "data.cache_dir": str(tmp_path / "cache")}
+    overrides = {**DEBUG_OVERRIDES, "data.cache_dir": str(data_cache())}
     del overrides["training.max_steps"]
     assert main(["plan", *(w for k, v in overrides.items() for w in (f"--{k}", v))]) == 0
     told = capsys.readouterr().out

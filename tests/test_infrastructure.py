@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Workplace
+from tests.in_process import run_here
+from tests.prepared import data_cache
 
 CHECKS = ["device", "precision", "compile", "memory", "disk", "data", "tokenizer",
           "tracking store", "forward and backward", "overfits one batch", "checkpoint"]
@@ -15,10 +17,10 @@ CHECKS = ["device", "precision", "compile", "memory", "disk", "data", "tokenizer
 
 def validate(workplace: Workplace, *options: str) -> tuple[int, dict[str, tuple[str, str]]]:
     """Run the command; return its exit code and each check's mark and detail."""
-    done = workplace.run([
+    done = run_here(workplace, [
         sys.executable, "-m", "svend", "validate", "--preset", "quick_test",
         "--training.compile", "off", "--checkpoint_dir", str(workplace.checkpoints),
-        "--data.cache_dir", str(workplace.folder / "cache"), *options,
+        "--data.cache_dir", str(data_cache()), *options,
     ])
     assert "Traceback" not in done.stdout
     report = {}

@@ -55,6 +55,7 @@ from svend.training.loop import train_steps
 from svend.training.state import Horizon
 from svend.training.trend import LossTrend
 from tests.conftest import Workplace
+from tests.prepared import data_cache
 from tests.refusals import refusal_of
 from tests.registry import store
 
@@ -75,7 +76,7 @@ TREND = load_ladder("miniature", {}, []).config.trend
 def micro_ladder(folder: Path, **changes: str) -> Ladder:
     settings = {
         **MICRO, "checkpoint_dir": str(folder / "checkpoints"),
-        "data.cache_dir": str(folder / "cache"),
+        "data.cache_dir": str(data_cache()),
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     return load_ladder("miniature", {}, list(settings.items()))
@@ -266,11 +267,9 @@ def test_a_plan_says_what_each_rung_will_cost_and_lose(climbed: Climbed) -> None
 
 
 @pytest.mark.slow
-def test_a_ladder_that_is_killed_goes_on_at_its_rung_and_step(
-    workplace: Workplace, tmp_path: Path
-) -> None:
+def test_a_ladder_that_is_killed_goes_on_at_its_rung_and_step(workplace: Workplace) -> None:
     settings = {**MICRO, "checkpoint_dir": str(workplace.checkpoints), "training.max_steps": "150",
-                "training.save_steps": "30", "data.cache_dir": str(tmp_path / "cache")}
+                "training.save_steps": "30", "data.cache_dir": str(data_cache())}
     command = [sys.executable, "-m", "svend", "ladder", "--ladder", "miniature",
                *(word for key, value in settings.items() for word in (f"--{key}", value))]
     whole = workplace.run([*command, "--name", "whole"])

@@ -18,6 +18,7 @@ import pytest
 from svend.pipeline.config import load_config
 from svend.pipeline.runner import ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 from tests.servers import free_port
 
@@ -36,7 +37,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         result = ScaleRunner(load_config({}, list({
             **DEBUG_OVERRIDES, "training.max_steps": "20", "training.save_steps": "20",
             "training.compile": "off",
-            "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(folder / "cache"),
+            "checkpoint_dir": str(folder / "checkpoints"), "data.cache_dir": str(data_cache()),
         }.items()))).run()
         assert result.success, result.reason
         yield address

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
+import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svend.data.stream import BatchStream
-from svend.models.shards import count_nonfinite, is_sharded, whole
+from svend.errors import CheckpointError, ConfigError, RankLost
+from svend.evaluation.heldout import HeldoutLoss
+from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.config import CheckpointingPolicy, Optimizer, Parallel, TrainingConfig
-from svend.ranks import Place
+from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.config import (
+    CheckpointingPolicy,
+    Optimizer,
+    Parallel,
+    PipelineConfig,
+    TrainingConfig,
+)
+from svend.pipeline.crew import Crew
+from svend.pipeline.replica import (
+    Replica,
+    begin_partial_save,
+    load_state,
+    measure_heldout,
+    sharded_bytes,
+    stage_steps,
+)
+from svend.pipeline.sharded_files import read_parts
+from svend.pipeline.state_files import read_state
+from svend.ranks import Place, find_place
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
@@ -133,3 +162,195 @@ def test_processes_take_the_steps_that_one_takes(size: int, layouts: list[Layout
         parameters = sum(curves[number].held for curves in of_ranks)
         copies = size if layout.parallel is Parallel.DDP else size // (layout.shards or size)
         assert parameters == copies * expected[layout.optimizer].held
+
+
+def make_replica(ranks: Ranks, layout: Layout, training: TrainingConfig) -> Replica:
+    return Replica(
+        config=PipelineConfig(training=training), device=CPU, sequences=make_sequences(),
+        heldout=make_sequences(), state=build(ranks, layout, training), total_steps=STEPS,
+        crew=Crew(ranks),
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A number of processes that take up a run, train it up to a step, and save it."""
+
+    size: int
+    layout: Layout
+    stop: int
+
+
+def take_up(ranks: Ranks, folder: Path, layout: Layout, stop: int) -> list[float]:
+    """Go on from the newest checkpoint, if there is one; the first process returns the losses."""
+    training = make_training(gradient_accumulation_steps=3, optimizer=layout.optimizer)
+    replica = make_replica(ranks, layout, training)
+    if not ranks.place.leads:
+        return replica.crew.follow(replica) or []
+    manager, state = CheckpointManager(folder), replica.state
+    if manager.list_checkpoints():
+        replica.call(load_state, manager.find_latest().path)
+    losses = [float(metrics.loss) for metrics in stage_steps(replica, stop)]
+    if replica.sharded:
+        place = manager.prepare_folder(state.step, sharded_bytes(replica))
+        replica.call(begin_partial_save, place)
+    saving = manager.save_in_background(
+        None if replica.sharded else state.model, None if replica.sharded else state.optimizer,
+        state.scheduler, state.step, 0, {"loss": losses[-1]}, state.extra_state(),
+        partial=replica.partial,
+    )
+    # Training goes on meanwhile: what is saved is a copy.
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            local(parameter).zero_()
+    saving.result()
+    replica.crew.dismiss(None)
+    return losses
+
+
+WHOLE, PARTS = Layout(Parallel.DDP), Layout(Parallel.FSDP)
+MUON_PARTS = Layout(Parallel.FSDP, optimizer=Optimizer.MUON)
+
+
+@pytest.mark.parametrize("stages", [
+    [Stage(1, WHOLE, 2), Stage(2, PARTS, 4), Stage(1, WHOLE, 6)],
+    pytest.param([Stage(1, WHOLE, 1), Stage(4, PARTS, 2), Stage(2, PARTS, 3), Stage(2, WHOLE, 4),
+                  Stage(4, Layout(Parallel.FSDP, shards=2), 5), Stage(1, WHOLE, 6)],
+                 marks=pytest.mark.slow),
+    pytest.param([Stage(4, MUON_PARTS, 2), Stage(2, MUON_PARTS, 4),
+                  Stage(1, Layout(Parallel.DDP, optimizer=Optimizer.MUON), 6)],
+                 marks=pytest.mark.slow),
+], ids=["1-2-1", "1-4-2-2-4-1", "muon-4-2-1"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, stages: list[Stage]
+) -> None:
+    expected = take_up(Ranks(), tmp_path / "uninterrupted", Layout(
+        Parallel.DDP, optimizer=stages[0].layout.optimizer), STEPS)
+    losses = []
+    for stage in stages:
+        if stage.size == 1:
+            losses += take_up(Ranks(), tmp_path / "run", stage.layout, stage.stop)
+        else:
+            of_ranks = run_together(
+                take_up, stage.size, tmp_path / "run", stage.layout, stage.stop
+            )
+            losses += of_ranks[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    weights = make_model(), make_model(seed=1)
+    for model, name in zip(weights, ("uninterrupted", "run"), strict=True):
+        CheckpointManager(tmp_path / name).load_latest(model)
+    for ours, theirs in zip(*(model.parameters() for model in weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+def save_parts(ranks: Ranks, folder: Path) -> list[float]:
+    return take_up(ranks, folder, PARTS, 2)
+
+
+def test_parts_are_verified_and_put_together_and_run_no_code(tmp_path: Path) -> None:
+    run_together(save_parts, 2, tmp_path)
+    manager = CheckpointManager(tmp_path)
+    checkpoint = manager.find_latest()
+    assert checkpoint.in_parts
+    loaded = make_model(seed=1)
+    manager.load(checkpoint, loaded)
+    before = checkpoint.weights_sha256
+    whole_one = manager.consolidate(checkpoint)
+    assert manager.consolidate(whole_one) == whole_one
+    assert manager.find_latest() == whole_one
+    assert whole_one.weights_sha256 != before
+    weights = read_state(whole_one.path / "model.pt")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+    index = checkpoint.path / ".metadata"
+    content = index.read_bytes()
+    index.write_bytes(content[:-1] + b"!")
+    with (pytest.warns(UserWarning, match="damaged"),
+          pytest.raises(CheckpointError, match="no intact checkpoint")):
+        manager.find_latest()
+    marker = tmp_path / "ran"
+    index.write_bytes(pickle.dumps(Exploit(marker)))
+    with pytest.raises(CheckpointError, match=r"\.metadata: cannot be loaded .*run code"):
+        read_parts(checkpoint.path, "model", {}, None)
+    assert not marker.exists()
+
+
+class Exploit:
+    """Makes a file where its pickle is loaded as pickles are."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.marker,))
+
+
+def hold_out(ranks: Ranks) -> list[HeldoutLoss]:
+    found = []
+    for layout in (WHOLE, PARTS):
+        for count in (1, 5, 8):
+            training = make_training(heldout_sequences=count)
+            replica = make_replica(ranks, layout, training)
+            found.append(measure_heldout(replica))
+    return found
+
+
+def test_processes_share_the_held_out_sequences() -> None:
+    expected = hold_out(Ranks())
+    for measured in run_together(hold_out, 2):
+        for ours, theirs in zip(measured, expected, strict=True):
+            assert ours.predicted == theirs.predicted
+            assert ours.sums == pytest.approx(theirs.sums, rel=1e-5)
+
+
+def lose_the_last(ranks: Ranks) -> tuple[str, float]:
+    """Have the last process die in a step; the first returns what it hears of it, and how late."""
+    replica = make_replica(ranks, PARTS, make_training())
+    died_seconds = 0.0
+    try:
+        if not ranks.place.leads:
+            replica.crew.follow(replica)
+        for metrics in stage_steps(replica, STEPS):
+            died_seconds = time.monotonic()
+            if metrics.step == 2:
+                replica.call(die, ranks.size - 1)
+    except RankLost as error:
+        return str(error), time.monotonic() - died_seconds
+    return "nothing", 0.0
+
+
+def die(replica: Replica, rank: int) -> None:
+    if replica.crew.ranks.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_in_a_step_is_named_at_once() -> None:
+    (told, seconds), _ = run_together(lose_the_last, 2)
+    assert re.fullmatch(r"rank 1 \(process \d+ on .*\) died", told)
+    assert seconds < 30
+
+
+@given(environment=st.fixed_dictionaries({}, optional={
+    name: st.sampled_from(["0", "1", "3", "-1", "x", ""]) for name in
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID",
+     "SLURM_NODEID")
+}))
+def test_a_place_is_one_that_can_be_or_refused(environment: dict[str, str]) -> None:
+    try:
+        place = find_place(environment)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return
+    assert 0 <= place.rank < place.size
+    assert 0 <= place.local_rank < place.local_size
+
+
+def test_slurm_s_tasks_find_their_places() -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2"}
+    for rank, local_rank, node, local_size in ((3, 3, 0, 4), (5, 1, 1, 2)):
+        task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank),
+                "SLURM_NODEID": str(node)}
+        assert find_place({**step, **task}) == Place(rank, 6, local_rank, local_size)
+    # A batch script, which has no tasks of its own.
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ALONE

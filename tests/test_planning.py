@@ -117,7 +117,7 @@ def test_fp32_weights_gradients_and_moments_are_sixteen_bytes_a_parameter(
     scale: ModelScale,
 ) -> None:
     model = get_model_config(scale)
-    memory = predict_memory(model, make_training(), 0)
+    memory = predict_memory(model, make_training(gradient_accumulation_steps=2), 0)
     state = memory.weights + memory.gradients + memory.optimizer
     assert state == 16 * model.num_parameters()
 
@@ -150,32 +150,41 @@ def test_the_model_of_a_factory_is_planned_as_what_it_is() -> None:
     precision=st.sampled_from(tuple(DTYPES)),
     checkpointing=st.booleans(),
 )
-def test_memory_grows_linearly_with_the_batch(
+def test_memory_grows_with_the_batch_by_what_each_sequence_keeps(
     batch_size: int, length: int, precision: Precision, checkpointing: bool
 ) -> None:
     model = get_model_config(ModelScale.TINY)
 
-    def total(size: int) -> int:
+    def plan_for(size: int) -> MemoryPlan:
         training = make_training(
             batch_size=size, precision=precision, gradient_checkpointing=checkpointing,
-            data=DataConfig(max_seq_length=length, num_samples=10),
+            gradient_accumulation_steps=2, data=DataConfig(max_seq_length=length, num_samples=10),
         )
-        return predict_memory(model, training, 123).tensors
+        return predict_memory(model, training, 123)
 
-    per_sequence = total(2) - total(1)
-    assert per_sequence > 0
-    assert total(batch_size) == total(1) + (batch_size - 1) * per_sequence
+    smaller, larger = plan_for(batch_size), plan_for(batch_size + 1)
+    assert smaller.total < larger.total
+    assert larger.activations - smaller.activations == smaller.activations // batch_size
+    for part in ("weights", "gradients", "optimizer", "process"):
+        assert getattr(smaller, part) == getattr(larger, part)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_checkpointing_saves_activations_and_nothing_else(precision: Precision) -> None:
+def test_checkpointing_saves_activations_and_leaves_the_state_as_it_is(
+    precision: Precision,
+) -> None:
     model = get_model_config(ModelScale.TINY)
-    kept = predict_memory(model, make_training(precision=precision), 0)
-    dropped = predict_memory(
-        model, make_training(precision=precision, gradient_checkpointing=True), 0
+    kept, dropped = (
+        predict_memory(model, make_training(
+            precision=precision, gradient_checkpointing=checkpointing,
+            gradient_accumulation_steps=2, data=DataConfig(max_seq_length=2048, num_samples=10),
+        ), 0)
+        for checkpointing in (False, True)
     )
     assert dropped.activations < kept.activations
-    assert dataclasses.replace(dropped, activations=kept.activations) == kept
+    assert dropped.total < kept.total
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(dropped, part) == getattr(kept, part)
 
 
 def test_the_selective_policy_keeps_more_than_full_and_less_than_none() -> None:
@@ -222,8 +231,16 @@ def test_a_batch_too_large_for_the_machine_is_refused_with_the_remedy(
     training = make_training(
         batch_size=512, data=DataConfig(max_seq_length=2048, num_samples=10)
     )
-    with pytest.raises(ResourceError, match=r"lower training\.batch_size"):
+    with pytest.raises(ResourceError) as refused:
         check_memory(get_model_config(ModelScale.TINY), training, CPU)
+    changes = str(refused.value).partition("the nearest that fits, in ")[2].partition(": ")[2]
+    # One change, which the refusal's own words make to a run that is let through.
+    batch, steps = (int(word.partition("=")[2]) for word in changes.split())
+    assert batch * steps == 512
+    check_memory(
+        get_model_config(ModelScale.TINY),
+        dataclasses.replace(training, batch_size=batch, gradient_accumulation_steps=steps), CPU,
+    )
 
 
 def test_a_run_that_fits_is_let_through_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:

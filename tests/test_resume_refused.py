@@ -18,6 +18,7 @@ from svend.pipeline.config import Precision, load_config
 from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
+from tests.prepared import data_cache
 from tests.registry import store
 
 SMALL = {
@@ -40,7 +41,7 @@ def _train(
 ) -> PipelineResult:
     settings = {
         **SMALL, "training.experiment_name": experiment,
-        "checkpoint_dir": str(workshop / "checkpoints"), "data.cache_dir": str(workshop / "cache"),
+        "checkpoint_dir": str(workshop / "checkpoints"), "data.cache_dir": str(data_cache()),
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     runner = ScaleRunner(load_config({}, list(settings.items())))

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
 
+from svend.pipeline import runner
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.schema import build, read_yaml
+from svend.training.loop import StepMetrics, train_steps
+from svend.training.state import TrainState
 from tests.conftest import SHARED_DATA, Workplace
+from tests.in_process import run_here
 
 GSM8K = SHARED_DATA / "gsm8k"
 
@@ -203,8 +209,8 @@ def test_a_run_killed_and_resumed_equals_the_one_that_never_was(
     assert killed.info.status == "RUNNING"
     assert list(cache.glob("svend-*/step_*"))
     shutil.rmtree(cache)
-    resumed = workplace.run(
-        workplace.train_command("--resume", checkpoint_cache_dir=str(cache))
+    resumed = run_here(
+        workplace, workplace.train_command("--resume", checkpoint_cache_dir=str(cache))
     )
     assert resumed.returncode == 0, resumed.stdout
     again = only_run(workplace, "svend")
@@ -218,6 +224,34 @@ def test_a_run_killed_and_resumed_equals_the_one_that_never_was(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+def test_an_interrupted_run_is_killed_with_a_reason_and_goes_on_from_where_it_stopped(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_at_15(state: TrainState, *others: Any) -> Iterator[StepMetrics]:
+        for metrics in train_steps(state, *others):
+            if state.step == 15:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train_steps", interrupted_at_15)
+        stopped = run_here(workplace, workplace.train_command())
+    assert stopped.returncode == 130, stopped.stdout
+    assert "Traceback" not in stopped.stdout
+    killed = only_run(workplace, "svend")
+    assert killed.info.status == "KILLED"
+    assert killed.data.tags["svend.reason"].startswith("interrupted by SIGINT at step 15 of 40")
+    [last] = CheckpointManager(workplace.checkpoints / "svend").list_checkpoints()
+    assert last.step == 15
+    verify(last)
+    resumed = run_here(workplace, workplace.train_command("--resume"))
+    assert resumed.returncode == 0, resumed.stdout
+    again = only_run(workplace, "svend")
+    assert (again.info.run_id, again.info.status) == (killed.info.run_id, "FINISHED")
+    assert [step for step, _ in losses(workplace, again)] == list(range(1, 41))
+
+
+@pytest.mark.slow
 def test_an_interrupted_mlflow_run_is_killed_with_a_reason_and_goes_on_in_the_same_run(
     workplace: Workplace,
 ) -> None:
@@ -308,7 +342,7 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
         pytest.skip("this machine has CUDA")
     write_lines(workplace.folder / "broken.jsonl", 40, broken_line=17)
     write_lines(workplace.folder / "empty.jsonl", 0)
-    done = workplace.run(workplace.train_command(*options, **changes))
+    done = run_here(workplace, workplace.train_command(*options, **changes))
     assert done.returncode == 1
     assert "Traceback" not in done.stdout
     [line] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
@@ -323,6 +357,20 @@ def test_a_mistake_ends_the_run_failed_with_the_line_that_is_printed(
     assert bool(left) == ("gate" in line)
 
 
+def test_a_mistake_in_the_configuration_fails_the_run_that_was_made_for_it(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(workplace.tracking_uri)
+    run_id = client.create_run(client.create_experiment("wrong")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    done = run_here(workplace, workplace.train_command("--scale", "huge"))
+    assert done.returncode == 1
+    run = only_run(workplace, "wrong")
+    assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
+    assert run.data.tags["svend.reason"].startswith("unknown scale 'huge': choose one of tiny")
+
+
+@pytest.mark.slow
 def test_a_mistake_in_the_configuration_fails_the_run_that_mlflow_run_made(
     workplace: Workplace,
 ) -> None:

@@ -20,6 +20,7 @@ from svend.data.packing import pack_rows
 from svend.data.stream import IGNORE_LABEL, BatchStream, PackedSequences, kind_tokens
 from svend.errors import DataError
 from svend.pipeline.config import DataConfig, Exhausted, LongDocuments, LossOn
+from tests.prepared import data_cache
 
 KINDS = {"reasoning": Kind.REASONING, "tool_use": Kind.TOOL_USE, "general": Kind.GENERAL}
 RATIOS = {"reasoning": 0.6, "tool_use": 0.25, "general": 0.15}
@@ -34,9 +35,8 @@ def embedded_data(**changes: Any) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    cache = tmp_path_factory.mktemp("cache")
-    return build_corpus(embedded_data(cache_dir=str(cache)), 1024, 0, lambda _: None)
+def corpus() -> Corpus:
+    return build_corpus(embedded_data(cache_dir=str(data_cache())), 1024, 0, lambda _: None)
 
 
 def drawn_part(tokens_of_kind: dict[str, int], seed: int = 0) -> TokenArray:

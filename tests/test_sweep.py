@@ -16,6 +16,9 @@ from mlflow.entities import Run
 
 from svend.cli import main
 from tests.conftest import Workplace
+from tests.in_process import run_here
+from tests.prepared import data_cache
+from tests.refusals import tree_of
 
 SETTINGS = {
     "sweep.steps": "16", "sweep.report_steps": "4", "sweep.confirm.top": "1",
@@ -27,7 +30,7 @@ SETTINGS = {
 def command(workplace: Workplace, *options: str, **changes: str) -> list[str]:
     settings = {
         **SETTINGS, "checkpoint_dir": str(workplace.checkpoints),
-        "data.cache_dir": str(workplace.folder / "cache"),
+        "data.cache_dir": str(data_cache()),
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     pairs = [word for key, value in settings.items() for word in (f"--{key}", value)]
@@ -206,7 +209,7 @@ def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(workplace: Workpla
 def test_bad_input_ends_in_one_line(
     workplace: Workplace, options: list[str], told: str
 ) -> None:
-    done = workplace.run(command(workplace, *options))
+    done = run_here(workplace, command(workplace, *options))
     assert done.returncode == 1
     last = done.stdout.splitlines()[-1]
     assert last.startswith("error: ")
@@ -215,9 +218,10 @@ def test_bad_input_ends_in_one_line(
 
 
 def test_a_dry_run_prints_space_budget_and_time_and_makes_nothing(workplace: Workplace) -> None:
-    done = workplace.run(command(workplace, "--dry-run"))
+    before = tree_of(workplace.folder)
+    done = run_here(workplace, command(workplace, "--dry-run"))
     assert done.returncode == 0, done.stdout
     for text in ("training.learning_rate", "0.001 to 0.03, logarithmic", "12 trials by tpe",
                  "with pruner none about", "reruns of the best 1 and the default"):
         assert text in done.stdout
-    assert list(workplace.folder.iterdir()) == []
+    assert tree_of(workplace.folder) == before

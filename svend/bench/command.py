@@ -77,6 +77,45 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PATH", help="draw them there, as .png or .svg")
 
 
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench memory`."""
+    parser.add_argument("--fake", action="store_true",
+                        help="all scales with their own settings, on tensors without storage")
+    parser.add_argument("--scales", nargs="+", default=None, metavar="NAME",
+                        help="of --fake (default: all seven)")
+
+
+def run_memory(options: argparse.Namespace) -> int:
+    """Print predicted beside real peak memory; return 1 where one is off by more than 10%."""
+    if options.scales and not options.fake:
+        raise UserError("bench memory: --scales is for --fake")
+    scales = [_scale(name) for name in options.scales or [scale.value for scale in ModelScale]]
+    from rich.console import Console
+
+    from svend.bench.memory_check import TOLERANCE, memory_table, worst_deviation
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if options.fake:
+        from svend.bench.fake_memory import check_scale
+
+        checks = []
+        for scale in scales:
+            report(scale.value)
+            checks.append(check_scale(scale))
+        title, real = "Peak memory, predicted and tracked on fake tensors", "tracked"
+    else:
+        from svend.bench.memory import measure_peaks
+
+        checks = list(measure_peaks(report))
+        title, real = "Peak memory, predicted and measured on CPU", "measured"
+    Console(width=120).print(memory_table(title, real, checks))
+    worst = worst_deviation(checks)
+    print(f"worst deviation {worst:+.1%}, allowed {TOLERANCE:.0%}")
+    return 0 if abs(worst) <= TOLERANCE else 1
+
+
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench serve`."""
     parser.add_argument("--model", metavar="URI", help="left out: random weights at the scale")

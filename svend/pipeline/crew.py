@@ -26,6 +26,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 # For the death of another process to show, once it has broken a connection.
 LOST_SECONDS = 5.0
+UNKNOWN = "a process of the run does not answer"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ class Crew:
         except UserError:
             raise
         except RuntimeError as error:
-            if lost := self._find_lost():
-                raise RankLost(lost) from error
-            raise
+            if self.size == 1:
+                raise
+            lost = self._find_lost()
+            if lost is None and not _is_about_a_connection(error):
+                raise
+            raise RankLost(lost or f"{UNKNOWN} ({one_line(error)[:160]})") from error
 
     def tell(self, order: Any) -> None:
         """Send the others an order; raises RankLost where one has died."""
@@ -79,7 +83,7 @@ class Crew:
         try:
             _broadcast(order, self.ranks)
         except RuntimeError as error:
-            raise RankLost(self._find_lost() or "a process does not answer") from error
+            raise RankLost(self._find_lost() or UNKNOWN) from error
 
     def hear(self) -> Any:
         """Wait for an order of the first process."""
@@ -123,8 +127,8 @@ class Crew:
                 who = f"rank {rank} (process {process} on {host})"
                 if store.check([f"reason/{rank}"]):
                     return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
-                if host == here and not _lives(int(process)):
-                    return f"{who} died"
+                if host == here and (trouble := _trouble_of(int(process))):
+                    return f"{who} {trouble}"
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
@@ -136,11 +140,22 @@ def stay_for_orders() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _lives(process: int) -> bool:
+def _trouble_of(process: int) -> str | None:
+    """Say what keeps a process of this machine from answering, None if nothing does."""
     try:
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+        status = psutil.Process(process).status()
     except psutil.NoSuchProcess:
-        return False
+        return "died"
+    if status == psutil.STATUS_STOPPED:
+        return "is stopped, and did not answer in time"
+    return "died" if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else None
+
+
+def _is_about_a_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed, for a process did not answer or its connection broke."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _broadcast(order: Any, ranks: Ranks) -> Any:

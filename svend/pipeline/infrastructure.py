@@ -29,7 +29,7 @@ from svend.pipeline.benchmarking import evaluation_sets, read_questions
 from svend.pipeline.checkpoint_files import format_bytes, read_folder
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
-from svend.planning.plan import check_memory
+from svend.planning.plan import check_memory, explain_out_of_memory, is_out_of_memory
 from svend.tracking.runs import check_tracking_store
 from svend.training.loop import train_steps
 from svend.training.state import TrainState, build_state
@@ -182,11 +182,12 @@ class InfrastructureChecks:
         try:
             metrics = next(train_steps(self._state, training, 1))
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"out of memory in the first step ({str(error).splitlines()[0][:120]}); lower "
-                "training.batch_size or set training.gradient_checkpointing=true"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(explain_out_of_memory(
+                self._plan_model(), training, self._device, None, error
+            )) from error
         if not torch.isfinite(torch.tensor([loss, norm])).all():
             raise ResourceError(
                 f"the first step gives loss {loss} and gradient norm {norm}; set "

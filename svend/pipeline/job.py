@@ -173,7 +173,11 @@ def prepare_job(
     )
     crew.tell(assignment)
     state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
-    plan = replace(plan, parameters=sum(p.numel() for p in state.model.parameters()))
+    # Measured by the first process while the others wait: together they are as many times as fast.
+    plan = replace(
+        plan, parameters=sum(p.numel() for p in state.model.parameters()),
+        peak_flops=plan.peak_flops * crew.size, seconds=plan.seconds / crew.size,
+    )
     if folder is None:
         record_inputs(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
@@ -188,6 +192,7 @@ def prepare_job(
         manager=manager or _checkpoint_manager(config, folder), questions=questions,
         started_seconds=time.monotonic(), carried=carried,
     )
+    tracked.set_tags({"svend.processes": job.sharing or "1"})
     if start is not None:
         job.start = start.weights_for(state.model)
         take_start(job)

@@ -41,7 +41,7 @@ class Parametrisation(Enum):
 
 
 class Precision(Enum):
-    """The number format of the forward and backward pass; the weights stay fp32.
+    """The number format of the forward and backward pass; of the weights see WeightPrecision.
 
     AUTO is BF16 on a device that multiplies in it, else FP16 on CUDA and FP32 on a CPU.
     """
@@ -384,17 +384,16 @@ class TrainingConfig:
 
     def apply_scale_defaults(self) -> None:
         """Set what `conf/scale/` says of training at this scale: batch size, learning rate, ..."""
-        for name, value in read_group("scale", self.model_scale.value)["training"].items():
-            if name != "model_scale":
-                setattr(self, name, value)
+        for name, value in _training_of(self.model_scale).items():
+            setattr(self, name, value)
 
     def at_scale(self, scale: ModelScale) -> TrainingConfig:
         """Return a copy for another scale: its defaults, except for what was set by hand."""
         unset = TrainingConfig()
         of_scale = {
             name: value
-            for name, value in read_group("scale", scale.value)["training"].items()
-            if name != "model_scale" and getattr(self, name) == getattr(unset, name)
+            for name, value in _training_of(scale).items()
+            if getattr(self, name) == getattr(unset, name)
         }
         return dataclasses.replace(self, model_scale=scale, **of_scale)
 
@@ -438,6 +437,7 @@ class TrainingConfig:
         shards = self.shard_processes
         _require(shards is None or shards >= 2, "training.shard_processes", shards,
                  "null, or at least 2")
+        self._check_low_memory()
         deviations = self.skip_spike_deviations
         _require(deviations is None or (math.isfinite(deviations) and deviations > 0),
                  "training.skip_spike_deviations", deviations, "null, or above 0")
@@ -475,6 +475,21 @@ class TrainingConfig:
             bool(self.experiment_name.strip()), "training.experiment_name", "''", "a name"
         )
         self.data.check()
+
+    def _check_low_memory(self) -> None:
+        """Raise ConfigError where weights or moments in fewer bits do not go with the rest."""
+        weights_bf16 = self.weight_precision is WeightPrecision.BF16
+        moments_fp32 = self.moment_precision is MomentPrecision.FP32
+        _require(
+            self.optimizer is Optimizer.ADAMW or (moments_fp32 and not weights_bf16),
+            "training.optimizer", self.optimizer.value,
+            "adamw where training.weight_precision or training.moment_precision is not fp32",
+        )
+        _require(
+            not weights_bf16 or self.precision in (Precision.AUTO, Precision.BF16),
+            "training.precision", self.precision.value,
+            "auto or bf16 where training.weight_precision is bf16",
+        )
 
 
 @dataclass(kw_only=True)
@@ -684,6 +699,16 @@ class PipelineConfig:
 def get_model_config(scale: ModelScale) -> ModelConfig:
     """Return the architecture of a scale, from `conf/scale/`."""
     return ModelConfig(**read_group("scale", scale.value)["model"])
+
+
+def _training_of(scale: ModelScale) -> dict[str, Any]:
+    """Return what `conf/scale/` says of training at a scale, other than which scale it is."""
+    enums = {"weight_precision": WeightPrecision, "moment_precision": MomentPrecision}
+    return {
+        name: enums[name](value) if name in enums else value
+        for name, value in read_group("scale", scale.value)["training"].items()
+        if name != "model_scale"
+    }
 
 
 def _default_data() -> DataConfig:

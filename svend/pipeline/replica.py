@@ -90,6 +90,18 @@ class Replica:
         """Whether each process holds a part of the model."""
         return any(map(is_sharded, self.state.model.parameters()))
 
+    @property
+    def sharing(self) -> str:
+        """How many processes share the run, and what each holds; empty for one that is alone."""
+        size = self.crew.size
+        if size == 1:
+            return ""
+        if not self.sharded:
+            return f"{size}, each with the whole model (ddp)"
+        shards = self.config.training.shard_processes or size
+        copies = "" if shards == size else f", in {size // shards} groups"
+        return f"{size}, each with 1/{shards} of the model (fsdp){copies}"
+
     def call(
         self, operation: Callable[Concatenate[Replica, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:

@@ -50,8 +50,12 @@ def show_plan(
     sequences: PackedSequences,
     device: str,
     carried: Sequence[Carried] = (),
+    sharing: str = "",
 ) -> None:
-    """Print what the run will do and cost, before it does."""
+    """Print what the run will do and cost, before it does.
+
+    sharing: the processes that share it, where there are several.
+    """
     training, memory = config.training, plan.memory
     compiled = "compiled blocks" if plan.compile else "not compiled"
     table = _plan_table(config, plan)
@@ -77,6 +81,8 @@ def show_plan(
             table.add_row("", f"{count:,} documents left out {reason}")
     _add_size(table, config, plan)
     table.add_row("device", f"{device}; {training.precision.value}, {compiled}")
+    if sharing:
+        table.add_row("processes", sharing)
     table.add_row("matrix peak", f"{plan.peak_flops / 1e9:,.0f} GFLOP/s, measured just now")
     table.add_row("peak memory", _memory_text(memory, plan.available_bytes))
     table.add_row("time", f"about {format_seconds(plan.seconds)}")

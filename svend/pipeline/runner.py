@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -11,15 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from svend.device import (
     describe_device,
     keep_freed_memory,
     peak_bytes,
     resolve_device,
+    resolve_precision,
 )
-from svend.errors import GateFailure, Interrupted, TrialPruned, UserError
+from svend.errors import (
+    GateFailure,
+    Interrupted,
+    RankLost,
+    ResourceError,
+    TrialPruned,
+    UserError,
+)
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluate_model
@@ -86,6 +94,7 @@ from svend.pipeline.validation import (
     ValidationGate,
     ValidationResult,
 )
+from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.ranks import Place, find_place
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
@@ -201,9 +210,10 @@ class ScaleRunner:
                     tracked = self._track(config, folder)
                 signals.raise_if_requested()
                 self._crew = self.meet(place)
-                job = self._prepare(config, tracked, folder, self._crew, force)
-                self._train(job, signals)
-                registered = self._finish(job, signals)
+                with self._explaining_out_of_memory():
+                    job = self._prepare(config, tracked, folder, self._crew, force)
+                    self._train(job, signals)
+                    registered = self._finish(job, signals)
                 self._require_full(job)
             except TrialPruned as pruned:
                 failure, reason = pruned, str(pruned)
@@ -215,12 +225,6 @@ class ScaleRunner:
                     raise
                 reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
                           "room, and go on with resume=true")
-            except torch.OutOfMemoryError as error:
-                status = "FAILED"
-                reason = (
-                    f"out of memory on the device ({str(error).splitlines()[0][:160]}); lower "
-                    "training.batch_size or set training.gradient_checkpointing=true"
-                )
             except Interrupted as interruption:
                 status, reason = "KILLED", str(interruption)
             except BaseException as error:
@@ -229,7 +233,9 @@ class ScaleRunner:
             finally:
                 signals.closing()
                 if tracked is not None:
-                    self._close(tracked, signals, status, reason)
+                    # A checkpoint of which a part will never come is not waited for.
+                    self._close(tracked, signals, status, reason,
+                                saves=not isinstance(failure, RankLost))
                 elif reason is not None:
                     end_joined_run(status, reason)
                 if folder is not None:
@@ -257,6 +263,27 @@ class ScaleRunner:
         device = resolve_device(self.config.training.device)
         return Crew(join_ranks(place, device, self.config.rank_timeout_seconds))
 
+    @contextlib.contextmanager
+    def _explaining_out_of_memory(self) -> Iterator[None]:
+        """Raise ResourceError, with the plan and what to change, where memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(self._explain_out_of_memory(error)) from error
+
+    def _explain_out_of_memory(self, error: BaseException) -> str:
+        config = self.config.resolve() if self._job is None else self._job.config
+        device = resolve_device(config.training.device)
+        training = replace(
+            config.training, precision=resolve_precision(config.training.precision, device)
+        )
+        return explain_out_of_memory(
+            planned_model(config, self.model_factory), training, device,
+            None if self._job is None else self._job.plan, error,
+        )
+
     def _prepare(
         self, config: PipelineConfig, tracked: TrackedRun, folder: RunFolder | None, crew: Crew,
         force: bool,
@@ -267,7 +294,7 @@ class ScaleRunner:
                 crew, force=force,
             )
         show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                  describe_device(job.device), job.carried)
+                  describe_device(job.device), job.carried, job.sharing)
         if self.nested is not None:
             self.nested.prepared(job)
         return job
@@ -289,11 +316,12 @@ class ScaleRunner:
         return show_checks(self._console, checks.run())
 
     def _close(
-        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None
+        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None,
+        *, saves: bool,
     ) -> None:
         """Wait for what is on its way, as long as there is time, and end the run."""
         job = self._job
-        if job is not None and not signals.at_once:
+        if job is not None and saves and not signals.at_once:
             self._close_checkpoints(job)
         at_once = signals.at_once
         wait_seconds = min(
@@ -306,7 +334,8 @@ class ScaleRunner:
         for line in unsent:
             say(self._console, line)
         if job is not None:
-            if not unsent and not signals.at_once and not job.manager.list_checkpoints():
+            waits = saves and not unsent and not signals.at_once
+            if waits and not job.manager.list_checkpoints():
                 job.folder.discard_if_empty()
             job.folder.release()
 

@@ -76,7 +76,8 @@ def load_version_model(
             f"{path}: does not fit the architecture in its {CONFIG} "
             f"({' '.join(str(error).split())[:200]})"
         ) from None
-    return model.to(device).eval()
+    # Of a run with weights in bf16, too: wider, and the same numbers.
+    return model.float().to(device).eval()
 
 
 def load_version_tokenizer(folder: Path) -> DocumentTokenizer:

@@ -7,14 +7,21 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from svend.device import available_bytes, can_compile
-from svend.errors import ResourceError
+from svend.device import available_bytes, can_compile, peak_bytes
+from svend.errors import ResourceError, one_line
 from svend.pipeline.config import Compile, ModelConfig, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
+from svend.planning.search import Room, find_nearest
 
 CUDA_CONTEXT_BYTES = 500_000_000
+# What the first step on a CPU loads: the growth of a process that trains 0.1M parameters.
+CPU_LATE_CODE_BYTES = 95_000_000
+# Of what was held when memory ran out: what is suggested then is to fit into so much.
+SUGGESTED_SHARE = 0.9
+# How torch names what fails where a CPU has no more memory.
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 # What compiling costs before step 1 and leaves of a step's time. On CPU 20 s with an empty cache
 # and 0.66 to 0.72 (docs/performance.md); on CUDA not measured: a run of minutes is to earn it back.
 COMPILE_SECONDS = {"cpu": 20.0, "cuda": 60.0}
@@ -67,7 +74,7 @@ def predict_memory_on(
     model: ModelConfig, training: TrainingConfig, device: torch.device
 ) -> MemoryPlan:
     """Predict the peak memory of a run on a device, whether or not it fits."""
-    return predict_memory(model, training, _held_bytes(device))
+    return predict_memory(model, training, _held_bytes(device), device_type=device.type)
 
 
 def check_memory(
@@ -77,25 +84,67 @@ def check_memory(
 
     On CPU the copy that is saved while training goes on is counted where there is room for it.
     """
-    held = _held_bytes(device)
     memory = predict_memory_on(model, training, device)
     available = available_bytes(device)
     if memory.total > available:
-        leanest = replace(training, batch_size=1, gradient_checkpointing=True)
-        remedy = (
-            "lower training.batch_size, or set training.gradient_checkpointing=true"
-            if predict_memory(model, leanest, held).total <= available
-            else "choose a smaller scale or a machine with more memory"
-        )
+        room = Room(device.type, available, memory.process)
         raise ResourceError(
             f"{model.name} needs about {memory.total / 1e9:.1f} GB to train "
-            f"(weights, gradients and AdamW state {_state_bytes(memory) / 1e9:.1f} GB), and "
-            f"{available / 1e9:.1f} GB are available on {device.type}; {remedy}"
+            f"({describe_parts(memory)}), and {available / 1e9:.1f} GB are available on "
+            f"{device.type}; {suggest(model, training, room)}"
         )
     if device.type == "cpu":
-        with_snapshot = replace(memory, snapshot=snapshot_bytes(model))
+        with_snapshot = replace(memory, snapshot=snapshot_bytes(model, training))
         memory = with_snapshot if with_snapshot.total <= available else memory
     return memory, available
+
+
+def explain_out_of_memory(
+    model: ModelConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    plan: RunPlan | None,
+    error: BaseException,
+) -> str:
+    """Return in one line what was held when memory ran out, what was planned, and what to change.
+
+    plan: None where memory ran out before there was one.
+    """
+    memory = predict_memory_on(model, training, device) if plan is None else plan.memory
+    available = available_bytes(device) if plan is None else plan.available_bytes
+    peak = peak_bytes(device)
+    # What was held was too much, whatever was planned: the suggestion is to leave room.
+    room = Room(device.type, round(SUGGESTED_SHARE * min(memory.total, peak, available)),
+                memory.process)
+    return (
+        f"out of memory on {device.type} ({one_line(error)[:160]}): {peak / 1e9:.1f} GB were held "
+        f"at most, planned were {memory.total / 1e9:.1f} GB ({describe_parts(memory)}) of "
+        f"{available / 1e9:.1f} GB; {suggest(model, training, room)}"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that an allocation failed: on CUDA, on CPU, or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+
+
+def suggest(model: ModelConfig, training: TrainingConfig, room: Room) -> str:
+    """Return what to change for the run to fit: the fewest settings, or the machine."""
+    nearest = find_nearest(model, training, room)
+    if nearest is None:
+        return (
+            "no settings make it fit into one process; choose a smaller scale, more processes "
+            "(training.parallel=fsdp) or a machine with more memory"
+        )
+    changes = " ".join(nearest.changes)
+    return f"the nearest that fits, in {nearest.memory.total / 1e9:.1f} GB: {changes}"
+
+
+def describe_parts(memory: MemoryPlan) -> str:
+    """Return what holds the memory, in GB, as one line."""
+    return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.parts().items())
 
 
 def plan_run(
@@ -133,7 +182,8 @@ def plan_run(
         seconds=compiled_seconds if compile_blocks else seconds,
         compile=compile_blocks,
         saves_in_background=memory[0].snapshot > 0 or (
-            device.type == "cuda" and snapshot_bytes(model) <= psutil.virtual_memory().available
+            device.type == "cuda"
+            and snapshot_bytes(model, training) <= psutil.virtual_memory().available
         ),
     )
 
@@ -152,9 +202,6 @@ def _decide_compile(training: TrainingConfig, earns: bool, device: torch.device)
 
 def _held_bytes(device: torch.device) -> int:
     """Return what a process holds before the model is there."""
-    on_cpu = device.type == "cpu"
-    return int(psutil.Process().memory_info().rss) if on_cpu else CUDA_CONTEXT_BYTES
-
-
-def _state_bytes(memory: MemoryPlan) -> int:
-    return memory.weights + memory.gradients + memory.optimizer
+    if device.type != "cpu":
+        return CUDA_CONTEXT_BYTES
+    return int(psutil.Process().memory_info().rss) + CPU_LATE_CODE_BYTES

@@ -1,14 +1,19 @@
-"""AdamW, or Muon for the blocks' matrices beside it, each group with its own settings."""
+"""AdamW, or Muon for the blocks' matrices beside it, each group with its own settings.
+
+AdamW may keep weights and moments in fewer bits (`low_memory.py`, `quantized.py`).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svend.errors import ConfigError
+from svend.device import can_compile
+from svend.errors import ConfigError, ResourceError
 from svend.models.parametrisation import (
     STANDARD_FACTORS,
     STANDARD_MUON,
@@ -17,7 +22,14 @@ from svend.models.parametrisation import (
     group_of,
 )
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.config import Optimizer, TrainingConfig
+from svend.pipeline.config import (
+    Compile,
+    MomentPrecision,
+    Optimizer,
+    TrainingConfig,
+    WeightPrecision,
+)
+from svend.training.low_memory import LowMemoryAdamW, RoundedAdamW
 from svend.training.muon import Muon
 
 Named = list[tuple[str, nn.Parameter]]
@@ -60,7 +72,7 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.O
 
 def _adamw(
     named: Named, factors: Mapping[Group, Factors], training: TrainingConfig
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     groups = [
         {
             "params": parameters,
@@ -70,8 +82,30 @@ def _adamw(
         }
         for of_group, parameters in _alike(named, factors)
     ]
+    lr, betas = training.learning_rate, (training.adam_beta1, training.adam_beta2)
+    moments = training.moment_precision
+    if moments in (MomentPrecision.INT8, MomentPrecision.INT4):
+        return _quantized_adamw(groups, training)
+    if moments is MomentPrecision.BF16 or training.weight_precision is WeightPrecision.BF16:
+        dtype = torch.bfloat16 if moments is MomentPrecision.BF16 else torch.float32
+        return RoundedAdamW(groups, lr, betas, dtype, training.seed)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def _quantized_adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> LowMemoryAdamW:
+    if importlib.util.find_spec("torchao") is None:
+        raise ResourceError(
+            f"training.moment_precision = {training.moment_precision.value}: needs torchao; pip "
+            "install 'svend[lowbit]', or set training.moment_precision=bf16"
+        )
+    from svend.training.quantized import AdamWInt4, AdamWInt8  # takes seconds
+
+    kind = AdamWInt8 if training.moment_precision is MomentPrecision.INT8 else AdamWInt4
+    # torchao has its step compiled, a kernel for each shape of a matrix.
+    device = groups[0]["params"][0].device
+    eager = training.compile is Compile.OFF or not can_compile(device)
     betas = (training.adam_beta1, training.adam_beta2)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, fused=True)
+    return kind(groups, training.learning_rate, betas, training.seed, eager=eager)
 
 
 def _alike(
@@ -88,8 +122,13 @@ def take_step(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
     """Take a step, or none if `accepted` is false, as decided on the device.
 
     Then parameters, moments and counts stay as they are, bit for bit, whatever the gradients hold:
-    the fused AdamW and our Muon look at `found_inf`, as for `torch.amp.GradScaler`.
+    the fused AdamW and ours look at `found_inf`, as for `torch.amp.GradScaler`. torchao's do not:
+    for them the host waits for the decision, once a step.
     """
+    if isinstance(optimizer, LowMemoryAdamW) and not optimizer.takes_found_inf:
+        if bool(accepted):
+            optimizer.step()
+        return
     optimizer.found_inf = (~accepted).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.found_inf = None  # type: ignore[attr-defined]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # For the next word of the process that leads, which may be measuring benchmarks meanwhile.
 PATIENCE = timedelta(days=7)
+# One process may be done writing to a slow disk so much later than another.
+SAVING_SLACK = 6
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         )
         _joined = Ranks(
             place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
-            dist.new_group(backend="gloo", timeout=PATIENCE),
+            dist.new_group(
+                backend="gloo", timeout=timedelta(seconds=SAVING_SLACK * timeout_seconds)
+            ),
         )
         atexit.register(leave_ranks)
     return _joined

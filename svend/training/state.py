@@ -15,6 +15,7 @@ from svend.errors import CheckpointError, UserError, one_line
 from svend.models.shards import is_sharded
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.training.guard import StepGuard
+from svend.training.low_memory import prepare_weights
 from svend.training.optimizers import build_optimizer
 from svend.training.parallel import Ranks, replicate_model
 from svend.training.schedules import learning_rate_factor
@@ -121,6 +122,7 @@ def build_state(
     Of several processes, each holds a part of a model that is sharded, else the whole model.
     """
     model.to(device)
+    prepare_weights(model, training)
     replicated = ranks.size > 1 and not any(map(is_sharded, model.parameters()))
     forward = replicate_model(model, device) if replicated else model
     optimizer = build_optimizer(model, training)

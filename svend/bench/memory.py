@@ -1,0 +1,100 @@
+"""Predicted peak memory beside what a process takes, for combinations of settings on CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from svend.bench.memory_check import MemoryCheck
+from svend.errors import UserError, one_line
+from svend.pipeline.config import (
+    CheckpointingPolicy,
+    DataConfig,
+    ModelScale,
+    MomentPrecision,
+    Precision,
+    TrainingConfig,
+    WeightPrecision,
+    get_model_config,
+)
+from svend.planning.memory import predict_memory
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Settings of a run whose peak is measured; checkpointing: none, or a policy."""
+
+    scale: str
+    batch_size: int
+    length: int
+    precision: str = "fp32"
+    weights: str = "fp32"
+    moments: str = "fp32"
+    checkpointing: str = "none"
+    micro_batches: int = 2
+
+    def training(self) -> TrainingConfig:
+        checkpointed = self.checkpointing != "none"
+        return TrainingConfig(
+            model_scale=ModelScale(self.scale), batch_size=self.batch_size,
+            gradient_accumulation_steps=self.micro_batches, precision=Precision(self.precision),
+            weight_precision=WeightPrecision(self.weights),
+            moment_precision=MomentPrecision(self.moments),
+            gradient_checkpointing=checkpointed,
+            gradient_checkpointing_policy=CheckpointingPolicy(
+                self.checkpointing if checkpointed else "full"
+            ),
+            data=DataConfig(sources=["text"], mix_ratios={"general": 1.0},
+                            max_seq_length=self.length, num_samples=1),
+        )
+
+    def __str__(self) -> str:
+        return (f"{self.scale} {self.batch_size}x{self.length} {self.precision}, weights "
+                f"{self.weights}, moments {self.moments}, checkpointing {self.checkpointing}, "
+                f"{self.micro_batches} a step")
+
+
+# Short ones: a process takes a minute. bf16 is slow on a CPU without instructions for it.
+COMBINATIONS = (
+    Combination("tiny", 2, 512),
+    Combination("tiny", 4, 512, checkpointing="full"),
+    Combination("tiny", 4, 512, checkpointing="selective"),
+    Combination("tiny", 1, 2048),
+    Combination("tiny", 4, 512, micro_batches=1),
+    Combination("tiny", 1, 256, precision="bf16"),
+    Combination("tiny", 1, 256, precision="bf16", weights="bf16", moments="int8"),
+    Combination("tiny", 2, 512, moments="bf16"),
+    Combination("small", 1, 512),
+    Combination("small", 2, 512, checkpointing="full"),
+    Combination("small", 2, 512, checkpointing="selective", moments="int4"),
+    Combination("small", 1, 256, precision="bf16", checkpointing="full"),
+)
+
+
+def measure_peaks(report: Callable[[str], None]) -> Iterator[MemoryCheck]:
+    """Train two steps with each combination, in a process of its own each; yield what it took."""
+    for combination in COMBINATIONS:
+        report(str(combination))
+        yield measure_peak(combination)
+
+
+def measure_peak(combination: Combination) -> MemoryCheck:
+    """Return predicted and measured peak. Raises UserError if the process fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "svend.bench.memory_worker", json.dumps(asdict(combination))],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines()
+        reason = told[-1] if told else f"exit code {done.returncode}"
+        raise UserError(f"bench memory: {combination} ended: {one_line(reason)[:300]}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    model, training = get_model_config(ModelScale(combination.scale)), combination.training()
+    predicted = predict_memory(model, training, measured["process_bytes"])
+    return MemoryCheck(model.name, replace(training), predicted.total, measured["peak_bytes"])

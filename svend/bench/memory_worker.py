@@ -1,0 +1,62 @@
+"""Two steps of the real loop in a process of its own, which says what memory they took."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from svend.bench.memory import Combination
+from svend.data.corpus import TokenArray
+from svend.data.documents import Kind
+from svend.data.stream import BatchStream, PackedSequences
+from svend.device import keep_freed_memory
+from svend.models.config import TransformerConfig
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.config import ModelConfig, TrainingConfig, get_model_config
+from svend.training.loop import train_steps
+from svend.training.state import build_state
+
+STEPS = 2  # in the second the optimizer's state is there from the start
+
+
+def main(combination_json: str) -> None:
+    """Train; print as JSON what the process held before, and at its peak."""
+    combination = Combination(**json.loads(combination_json))
+    training = combination.training()
+    model = get_model_config(training.model_scale)
+    keep_freed_memory()
+    process_bytes = psutil.Process().memory_info().rss
+    _train(model, training)
+    print(json.dumps({"process_bytes": process_bytes, "peak_bytes": _peak_bytes()}))
+
+
+def _train(model_config: ModelConfig, training: TrainingConfig) -> None:
+    length = training.data.max_seq_length
+    assert length is not None  # set by Combination
+    rows = STEPS * training.batch_size * training.gradient_accumulation_steps
+    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (rows, length))
+    array = TokenArray.of("train", list(tokens.astype(np.uint16)), [Kind.GENERAL] * rows)
+    sequences = PackedSequences(array, training.data, training.seed)
+    model = ReasoningTransformer(TransformerConfig.from_model_config(model_config))
+    if training.gradient_checkpointing:
+        model.checkpoint_blocks(training.gradient_checkpointing_policy)
+    stream = BatchStream(sequences, training.batch_size)
+    state = build_state(model, stream, training, STEPS, torch.device("cpu"))
+    for _ in train_steps(state, training, STEPS):
+        pass
+
+
+def _peak_bytes() -> int:
+    """Return the most memory that was held; not by getrusage, which counts the parent's too."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
