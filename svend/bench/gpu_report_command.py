@@ -53,12 +53,13 @@ def check_kind(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the report, write it after each part, print it, and return the exit code."""
-    rehearsal = options.gpu_report_rehearse
+    started, rehearsal = time.monotonic(), options.gpu_report_rehearse
     minutes = _parse_minutes(options.gpu_report_minutes)
     print("starting: loading torch", flush=True)
     from svend import cuda
     from svend.bench.gpu_report import Verdict
     from svend.bench.gpu_report_pages import MARKDOWN, write_report
+    from svend.bench.gpu_report_training import parts_of
     from svend.bench.gpu_report_worker import run_parts
 
     if not rehearsal and not cuda.is_available():
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
              "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     outcomes, page = [], ""
     for outcome in run_parts(
-        rehearsal=rehearsal, seconds=60 * minutes,
+        parts_of, rehearsal=rehearsal, seconds=60 * minutes - (time.monotonic() - started),
         begin=lambda part: print(f"{part}: begun", flush=True),
     ):
         outcomes.append(outcome)

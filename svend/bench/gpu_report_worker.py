@@ -30,18 +30,18 @@ from svend.bench.gpu_report import (
     miniature_size,
     run_part,
 )
-from svend.bench.gpu_report_training import parts_of
 
 GRACE_SECONDS = 10.0
 
 
 def run_parts(
-    *, rehearsal: bool, seconds: float, begin: Callable[[str], None] = lambda _: None,
-    parts: Callable[[Size], list[Part]] = parts_of,
+    parts: Callable[[Size], list[Part]], *, rehearsal: bool, seconds: float,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Outcome]:
     """Run every part that there is time for, each when asked for, and yield its outcome.
 
-    After so many seconds no part runs any more. Whatever is written meanwhile is removed.
+    parts: a function of a module, for other processes call it too. After so many seconds no part
+    runs any more. Whatever is written meanwhile is removed.
     """
     deadline = time.monotonic() + seconds
     size = miniature_size() if rehearsal else full_size()

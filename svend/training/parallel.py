@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from svend import cuda
 from svend.errors import ConfigError, ResourceError
 from svend.models.shards import SHARD
 from svend.pipeline.config import Precision, TrainingConfig
@@ -92,12 +93,12 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
         if on_cuda:
-            if place.local_size > torch.cuda.device_count():
+            if place.local_size > cuda.device_count():
                 raise ResourceError(
-                    f"{place.local_size} processes on a machine with {torch.cuda.device_count()} "
+                    f"{place.local_size} processes on a machine with {cuda.device_count()} "
                     "CUDA devices: start one per device"
                 )
-            torch.cuda.set_device(place.local_rank)
+            cuda.use_device(place.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
             world_size=place.size, timeout=timedelta(seconds=timeout_seconds),
@@ -164,7 +165,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
 
 def replicate_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Return what to call for a forward pass, after whose backward pass gradients are means."""
-    ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+    ids = [device.index or cuda.used_device()] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
         model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
