@@ -62,12 +62,14 @@ def shallow(scale: ModelScale, layers: int = 2) -> ModelConfig:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": Precision.FP32},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True,
-         "gradient_checkpointing_policy": CheckpointingPolicy.SELECTIVE},
-        {"weight_precision": WeightPrecision.BF16, "moment_precision": MomentPrecision.INT8},
-        {"gradient_accumulation_steps": 1},
+        {"gradient_checkpointing": True, "moment_precision": MomentPrecision.BF16,
+         "weight_precision": WeightPrecision.BF16},
+        {"precision": Precision.FP32, "gradient_accumulation_steps": 1},
+        pytest.param({"gradient_checkpointing": True,
+                      "gradient_checkpointing_policy": CheckpointingPolicy.SELECTIVE},
+                     marks=pytest.mark.slow),
+        pytest.param({"moment_precision": MomentPrecision.INT8}, marks=pytest.mark.slow),
+        pytest.param({"gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: "-".join(str(getattr(value, "value", value)) for value in changes.values()),
 )

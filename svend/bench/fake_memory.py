@@ -1,7 +1,7 @@
 """Predicted peak memory beside what PyTorch's memory tracker counts on tensors without storage.
 
 So a scale of any size is checked on a small machine. The model, the loss and the optimizer are the
-real ones; moments of lower precision than fp32 are stand-ins of their size.
+real ones; moments in int8 and int4 are stand-ins of their size.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from svend.pipeline.config import (
     MomentPrecision,
     Precision,
     TrainingConfig,
-    WeightPrecision,
     get_model_config,
 )
 from svend.planning.memory import MOMENT_BYTES, predict_memory
+from svend.training.low_memory import prepare_weights
 from svend.training.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
 
 
-class _TotalTracker(MemTracker):
+class _TotalTracker(MemTracker):  # type: ignore[no-untyped-call]
     """Keeps the peak of all tensors alone; each module's too takes time by the square of layers."""
 
     def __init__(self) -> None:
@@ -92,9 +92,7 @@ def track_peak(config: ModelConfig, training: TrainingConfig) -> int:
 
 def _build(config: ModelConfig, training: TrainingConfig) -> ReasoningTransformer:
     model = ReasoningTransformer(TransformerConfig.from_model_config(config))
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and training.weight_precision is WeightPrecision.BF16:
-            parameter.data = parameter.data.bfloat16()
+    prepare_weights(model, training)
     if training.gradient_checkpointing:
         model.checkpoint_blocks(training.gradient_checkpointing_policy)
     return model.train()
@@ -109,8 +107,7 @@ def _optimizer_state(
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    plain = replace(training, weight_precision=WeightPrecision.FP32)
-    if training.moment_precision is MomentPrecision.FP32 and plain == training:
+    if training.moment_precision in (MomentPrecision.FP32, MomentPrecision.BF16):
         optimizer = build_optimizer(model, training)
         optimizer.step()
         return optimizer, []

@@ -39,20 +39,31 @@ def describe_checkpointing(training: TrainingConfig) -> str:
     return training.gradient_checkpointing_policy.value
 
 
-def memory_table(title: str, real: str, checks: Sequence[MemoryCheck]) -> Table:
-    """Return a table with a line for each check; `real` says how the peak was found."""
+def memory_table(
+    title: str, real: str, checks: Sequence[MemoryCheck], in_runs: Sequence[MemoryCheck] = ()
+) -> Table:
+    """Return a table with a line for each check; `real` says how the peak was found.
+
+    in_runs: of the same settings, what a run's plan says and what its process holds.
+    """
     table = Table(title=title, title_justify="left")
-    for heading in ("model", "batch", "precision", "weights", "moments", "checkpointing",
-                    "predicted GB", f"{real} GB", "off"):
-        numeric = heading.endswith(("GB", "off", "batch"))
-        table.add_column(heading, justify="right" if numeric else "left")
-    for check in checks:
+    compared = [checks, in_runs] if in_runs else [checks]
+    figures = ["predicted GB", f"{real} GB", "off", "planned GB", "run GB", "off"]
+    for heading in ("model", "a step", "compute, weights, moments", "recomputed",
+                    *figures[:3 * len(compared)]):
+        table.add_column(heading, justify="right" if heading in figures else "left")
+    for check, *others in zip(*compared, strict=True):
         training = check.training
+        precisions = (training.precision, training.weight_precision, training.moment_precision)
         table.add_row(
-            check.name, f"{training.batch_size}x{training.data.max_seq_length}",
-            training.precision.value, training.weight_precision.value,
-            training.moment_precision.value, describe_checkpointing(training),
-            f"{check.predicted_bytes / 1e9:.3f}", f"{check.real_bytes / 1e9:.3f}",
-            f"{check.deviation:+.1%}",
+            check.name,
+            f"{training.gradient_accumulation_steps} of "
+            f"{training.batch_size}x{training.data.max_seq_length}",
+            ", ".join(precision.value for precision in precisions),
+            describe_checkpointing(training),
+            *(figure for one in (check, *others) for figure in (
+                f"{one.predicted_bytes / 1e9:.3f}", f"{one.real_bytes / 1e9:.3f}",
+                f"{one.deviation:+.1%}",
+            )),
         )
     return table

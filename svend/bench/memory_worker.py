@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import psutil
 import torch
 
-from svend.bench.memory import Combination
+from svend.bench.memory import Combination, Freed
 from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
-from svend.device import keep_freed_memory
+from svend.device import M_TRIM_THRESHOLD, keep_freed_memory
+from svend.errors import UserError
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelConfig, TrainingConfig, get_model_config
@@ -22,17 +24,34 @@ from svend.training.loop import train_steps
 from svend.training.state import build_state
 
 STEPS = 2  # in the second the optimizer's state is there from the start
+M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
+MAPPED_BYTES = 2**17  # glibc's first threshold, which otherwise rises with what is freed
 
 
-def main(combination_json: str) -> None:
+def main(combination_json: str, freed: str) -> None:
     """Train; print as JSON what the process held before, and at its peak."""
     combination = Combination(**json.loads(combination_json))
     training = combination.training()
     model = get_model_config(training.model_scale)
-    keep_freed_memory()
+    if Freed(freed) is Freed.KEPT:
+        keep_freed_memory()
+    else:
+        _return_freed_memory()
     process_bytes = psutil.Process().memory_info().rss
     _train(model, training)
     print(json.dumps({"process_bytes": process_bytes, "peak_bytes": _peak_bytes()}))
+
+
+def _return_freed_memory() -> None:
+    """Have glibc map each large tensor by itself, and unmap it when it is freed.
+
+    Then the most that the process held is the most that its tensors took at once.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        raise UserError("bench memory: needs a malloc that can be told to unmap; use glibc's")
+    libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    libc.mallopt(M_TRIM_THRESHOLD, MAPPED_BYTES)
 
 
 def _train(model_config: ModelConfig, training: TrainingConfig) -> None:
@@ -45,7 +64,9 @@ def _train(model_config: ModelConfig, training: TrainingConfig) -> None:
     model = ReasoningTransformer(TransformerConfig.from_model_config(model_config))
     if training.gradient_checkpointing:
         model.checkpoint_blocks(training.gradient_checkpointing_policy)
-    stream = BatchStream(sequences, training.batch_size)
+    stream = BatchStream(
+        sequences, training.batch_size, training.gradient_accumulation_steps
+    )
     state = build_state(model, stream, training, STEPS, torch.device("cpu"))
     for _ in train_steps(state, training, STEPS):
         pass
