@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svend.bench.fake_memory import check_on_fake_tensors, check_scale
-from svend.bench.memory_check import TOLERANCE
+from svend.bench.memory import COMBINATIONS, Combination, Freed, measure_peak
+from svend.bench.memory_check import TOLERANCE, MemoryCheck, judge
+from svend.bench.memory_worker import build_fresh_state
 from svend.cli import main
 from svend.errors import ConfigError
 from svend.models.config import TransformerConfig
@@ -86,6 +88,45 @@ def test_every_scale_with_its_own_settings_is_predicted_as_the_tracker_counts(
     scale: ModelScale,
 ) -> None:
     assert abs(check_scale(scale).deviation) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freed", Freed)
+def test_a_process_takes_what_is_predicted(freed: Freed) -> None:
+    check = measure_peak(COMBINATIONS[0], freed)
+    assert check.deviation >= (0 if freed is Freed.KEPT else -TOLERANCE)
+    assert freed is Freed.KEPT or check.deviation <= TOLERANCE
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_a_measured_process_takes_the_micro_batches_that_are_predicted(
+    combination: Combination,
+) -> None:
+    small = dataclasses.replace(
+        get_model_config(ModelScale.TINY), hidden_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=64, vocab_size=256,
+    )
+    training = dataclasses.replace(combination.training(), moment_precision=MomentPrecision.FP32)
+    stream = build_fresh_state(small, training).stream
+    assert stream.passes == combination.micro_batches
+    assert next(stream).tokens_BT.shape == (combination.batch_size, combination.length)
+
+
+@settings(deadline=None)
+@given(
+    deviations=st.lists(st.integers(-300, 300).filter(lambda n: abs(n) != 100), min_size=1),
+    in_runs=st.lists(st.integers(-300, 300)),
+)
+def test_the_check_passes_where_all_are_near_and_no_run_holds_more_than_planned(
+    deviations: list[int], in_runs: list[int]
+) -> None:
+    training = training_of(ModelScale.TINY)
+    near, runs = (
+        [MemoryCheck("", training, 1000 + thousandths, 1000) for thousandths in those]
+        for those in (deviations, in_runs)
+    )
+    passed, _ = judge(near, runs)
+    assert passed == (all(abs(n) < 100 for n in deviations) and all(n >= 0 for n in in_runs))
 
 
 @pytest.mark.parametrize("scale", ModelScale)

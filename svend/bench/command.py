@@ -95,7 +95,7 @@ def run_memory(options: argparse.Namespace) -> int:
     scales = [_scale(name) for name in options.scales or [scale.value for scale in ModelScale]]
     from rich.console import Console
 
-    from svend.bench.memory_check import TOLERANCE, MemoryCheck, memory_table, worst_deviation
+    from svend.bench.memory_check import MemoryCheck, judge, memory_table
 
     def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -117,15 +117,9 @@ def run_memory(options: argparse.Namespace) -> int:
             in_runs.append(in_run)
         title, real = "Peak memory, predicted and measured on CPU", "measured"
     Console(width=132).print(memory_table(title, real, checks, in_runs))
-    worst = worst_deviation(checks)
-    print(f"worst deviation {worst:+.1%}, allowed {TOLERANCE:.0%}")
-    exceeded = False
-    if in_runs:
-        lowest = min(check.deviation for check in in_runs)
-        highest = max(check.deviation for check in in_runs)
-        print(f"a run's plan, beside what it holds: {lowest:+.1%} to {highest:+.1%}, allowed from 0%")
-        exceeded = lowest < 0
-    return 1 if exceeded or abs(worst) > TOLERANCE else 0
+    passed, told = judge(checks, in_runs)
+    print(told)
+    return 0 if passed else 1
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:

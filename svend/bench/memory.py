@@ -102,8 +102,8 @@ def measure_peaks(report: Callable[[str], None]) -> Iterator[tuple[MemoryCheck, 
 def measure_peak(combination: Combination, freed: Freed) -> MemoryCheck:
     """Return the peak, predicted and measured in a process of its own.
 
-    Where freed memory is returned, the prediction is without the allocator's share. Raises UserError
-    if the process fails.
+    Where freed memory is returned, the prediction is without the allocator's share. Raises
+    UserError if the process fails.
     """
     done = subprocess.run(
         [sys.executable, "-m", "svend.bench.memory_worker", json.dumps(asdict(combination)), freed],

@@ -27,9 +27,18 @@ class MemoryCheck:
         return self.predicted_bytes / self.real_bytes - 1
 
 
-def worst_deviation(checks: Sequence[MemoryCheck]) -> float:
-    """Return the deviation that is farthest from 0."""
-    return max((check.deviation for check in checks), key=abs)
+def judge(checks: Sequence[MemoryCheck], in_runs: Sequence[MemoryCheck]) -> tuple[bool, str]:
+    """Return whether predictions are within tolerance and no run holds more than planned, and why.
+
+    in_runs: what runs' plans say, allocator's share included, and what their processes hold.
+    """
+    worst = max((check.deviation for check in checks), key=abs)
+    told = f"worst deviation {worst:+.1%}, allowed {TOLERANCE:.0%}"
+    off = [check.deviation for check in in_runs]
+    if in_runs:
+        told += (f"\na run's plan is {min(off):+.1%} to {max(off):+.1%} off what the run holds, "
+                 "allowed from 0%")
+    return abs(worst) <= TOLERANCE and min(off, default=0.0) >= 0, told
 
 
 def describe_checkpointing(training: TrainingConfig) -> str:

@@ -21,7 +21,7 @@ from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelConfig, TrainingConfig, get_model_config
 from svend.training.loop import train_steps
-from svend.training.state import build_state
+from svend.training.state import TrainState, build_state
 
 STEPS = 2  # in the second the optimizer's state is there from the start
 M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
@@ -38,7 +38,9 @@ def main(combination_json: str, freed: str) -> None:
     else:
         _return_freed_memory()
     process_bytes = psutil.Process().memory_info().rss
-    _train(model, training)
+    state = build_fresh_state(model, training)
+    for _ in train_steps(state, training, STEPS):
+        pass
     print(json.dumps({"process_bytes": process_bytes, "peak_bytes": _peak_bytes()}))
 
 
@@ -54,7 +56,8 @@ def _return_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, MAPPED_BYTES)
 
 
-def _train(model_config: ModelConfig, training: TrainingConfig) -> None:
+def build_fresh_state(model_config: ModelConfig, training: TrainingConfig) -> TrainState:
+    """Return the state before step 1, with as many rows of random tokens as the steps take."""
     length = training.data.max_seq_length
     assert length is not None  # set by Combination
     rows = STEPS * training.batch_size * training.gradient_accumulation_steps
@@ -64,12 +67,8 @@ def _train(model_config: ModelConfig, training: TrainingConfig) -> None:
     model = ReasoningTransformer(TransformerConfig.from_model_config(model_config))
     if training.gradient_checkpointing:
         model.checkpoint_blocks(training.gradient_checkpointing_policy)
-    stream = BatchStream(
-        sequences, training.batch_size, training.gradient_accumulation_steps
-    )
-    state = build_state(model, stream, training, STEPS, torch.device("cpu"))
-    for _ in train_steps(state, training, STEPS):
-        pass
+    stream = BatchStream(sequences, training.batch_size, training.gradient_accumulation_steps)
+    return build_state(model, stream, training, STEPS, torch.device("cpu"))
 
 
 def _peak_bytes() -> int:
