@@ -114,6 +114,7 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
                 products_DV.append(torch.where(counted_C1, x_CD, 0.0).T.contiguous() @ logits_CV)
                 if len(products_DV) > 2:
                     products_DV[0] = products_DV[0].float().add_(products_DV.pop(1))
+            del logits_CV  # else they are held until the next chunk's are made
         ctx.save_for_backward(grad_x_ND, *products_DV)
         ctx.fused = fused
         return loss

@@ -221,7 +221,7 @@ class _Shape:
         return self.width * self.layers * self.block_matrices
 
     def loss_forward_bytes(self) -> int:
-        """Two chunks of logits, for one is still there when the next is made, and gradients.
+        """A chunk of logits, and gradients.
 
         The head's gradient is a product for each chunk, and from the third on a sum in fp32.
         """
@@ -236,7 +236,6 @@ class _Shape:
             summing = 3 * product + (wide if self.width < FP32_BYTES else 0)
         # The head's input, beside the gradient of it.
         return self.tokens * self.width * self.d + max(
-            min(2, chunks) * logits + held,
             logits + held + product,
             logits + held + slices,
             logits + summing,
