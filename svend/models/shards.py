@@ -68,7 +68,8 @@ def norm_over_shards(norm: Tensor, of: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Have a sharded module hold its parameters whole meanwhile, those of its children not.
+    """Have a sharded module hold its parameters whole meanwhile, but for those of children that are
+    sharded by themselves.
 
     For what calls it otherwise than by its forward pass. Every process must come here.
     """

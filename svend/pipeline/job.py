@@ -29,13 +29,7 @@ from svend.models.config import BaseShape
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import (
-    ModelConfig,
-    PipelineConfig,
-    Precision,
-    TrainingConfig,
-    WeightPrecision,
-)
+from svend.pipeline.config import ModelConfig, PipelineConfig, Precision, TrainingConfig
 from svend.pipeline.crew import Crew
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
@@ -246,7 +240,6 @@ def _check_means(
     for key, refused, instead in (
         ("precision", training.precision is Precision.FP16, "bf16 or fp32"),
         ("float8", training.float8, "false"),
-        ("weight_precision", training.weight_precision is not WeightPrecision.FP32, "fp32"),
     ):
         if refused:
             value = getattr(training, key)

@@ -35,6 +35,7 @@ from svend.pipeline.sharded_files import PartialSave, size_of
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps
+from svend.training.low_memory import prepare_weights
 from svend.training.parallel import Ranks, shard_mesh, shard_model
 from svend.training.schedules import learning_rate_factor
 from svend.training.state import TrainState, build_state
@@ -194,6 +195,7 @@ def build_model(
         if training.float8:
             compute_in_float8(model.blocks)
     if mesh is not None:
+        prepare_weights(model, training)  # what is sharded keeps its precision
         shard_model(model, mesh, training)
     if model_factory is None:
         assert isinstance(model, ReasoningTransformer)

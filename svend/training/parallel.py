@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from svend import cuda
 from svend.errors import ConfigError, ResourceError
 from svend.models.shards import SHARD
+from svend.models.transformer import RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.ranks import Place
 
@@ -148,19 +149,22 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
     """Have each process hold a part of every weight, its gradient and its moments.
 
     Block by block the weights are gathered, in bf16 where that is the precision, for the forward
-    and the backward pass; gradients are summed in fp32. Embedding, final norm and head stay whole
-    through a step.
+    and the backward pass; gradients are summed in fp32. Embedding and head stay whole through a
+    step. Gains stay in fp32, in groups of their own: a group has one precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if training.precision is Precision.BF16 else None,
-        reduce_dtype=torch.float32, cast_forward_inputs=False,
+    low = torch.bfloat16 if training.precision is Precision.BF16 else None
+    matrices = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    gains = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for norm in [part for part in model.modules() if isinstance(part, RMSNorm)]:
+        fully_shard(norm, mesh=mesh, mp_policy=gains)
     for blocks in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=matrices)
+    fully_shard(model, mesh=mesh, mp_policy=matrices)
 
 
 def replicate_model(model: nn.Module, device: torch.device) -> nn.Module:
