@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svend import cli
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
@@ -30,6 +31,7 @@ from svend.pipeline.config import (
     TrainingConfig,
 )
 from svend.pipeline.crew import Crew
+from svend.pipeline.ladder.progressive import PipelineRunner
 from svend.pipeline.replica import (
     Replica,
     begin_partial_save,
@@ -46,7 +48,7 @@ from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
 from svend.training.parallel import Ranks, shard_mesh, shard_model
 from svend.training.state import TrainState, build_state
-from tests.processes import run_together
+from tests.processes import run_together, started_by
 from tests.test_training import CPU, make_model, make_sequences, make_training
 
 STEPS = 6
@@ -354,3 +356,22 @@ def test_slurm_s_tasks_find_their_places() -> None:
         assert find_place({**step, **task}) == Place(rank, 6, local_rank, local_size)
     # A batch script, which has no tasks of its own.
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ALONE
+
+
+def count_up(ranks: Ranks) -> tuple[int, Place]:
+    return ranks.sum_count(ranks.rank + 1), ranks.place
+
+
+def test_the_tasks_of_a_slurm_step_meet() -> None:
+    assert started_by("slurm", count_up, 2) == [(3, Place(0, 2, 0, 2)), (3, Place(1, 2, 1, 2))]
+
+
+def test_a_sweep_and_a_progressive_run_want_a_process_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["sweep"]) == 1
+    assert "this is one of 2; start it without torchrun or srun" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="svend ladder --nproc N"):
+        PipelineRunner(PipelineConfig()).run_progressive()

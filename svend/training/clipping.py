@@ -35,7 +35,7 @@ def _norm_on_cpu(gradients: list[Tensor]) -> Tensor:
 
 
 def norm_in_fp32(gradients: list[Tensor]) -> Tensor:
-    """Return the norm, as `torch.nn.utils.get_total_norm`, whose norm of bf16 is rounded to bf16."""
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-    )
+    """Return the norm as torch.nn.utils.get_total_norm does, which rounds that of bf16 to bf16."""
+    norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm

@@ -22,7 +22,7 @@ from svend.errors import ConfigError, ResourceError
 from svend.models.shards import SHARD
 from svend.models.transformer import RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
-from svend.ranks import Place
+from svend.ranks import Place, set_rendezvous
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -90,7 +90,8 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
         from torch.distributed.rendezvous import rendezvous
 
-        meeting, _, _ = next(rendezvous("env://"))
+        set_rendezvous()
+        meeting, _, _ = next(rendezvous("env://", place.rank, place.size))
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
         if on_cuda:
