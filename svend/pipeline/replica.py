@@ -228,13 +228,14 @@ def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, look
 def stage_steps(
     replica: Replica, last_step: int, *, decays_to: int | None = None, looks: bool = False
 ) -> Iterator[StepMetrics]:
-    """Yield the steps up to the last, which all processes take; called by the first alone."""
+    """Yield the steps up to the last, which all processes take; called by the first alone.
+
+    Whoever leaves before the last, and goes on with the run, is to have all call `end_stage`.
+    """
     replica.call(begin_stage, last_step, decays_to, looks=looks)
-    try:
-        while (metrics := replica.call(next_step)) is not None:
-            yield metrics
-    finally:
-        replica.call(end_stage)
+    while (metrics := replica.call(next_step)) is not None:
+        yield metrics
+    replica.call(end_stage)
 
 
 def next_step(replica: Replica) -> StepMetrics | None:
