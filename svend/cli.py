@@ -116,6 +116,9 @@ def _share(
     None for a process that is to run the command: alone, or as the first.
     """
     place, processes = find_place(), read_processes(known.nproc)
+    if place.size > 1:
+        # Read where torch is imported: what it would say over many lines is said in one.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     looks = list(rest[:1]) == ["status"] or getattr(known, "dry_run", "false") == "true"
     if looks or (place.leads and (place.size > 1 or processes == 1)):
         return None
@@ -130,8 +133,8 @@ def _share(
     except RankLost:
         return EXIT_USER_ERROR  # the first has died, or has said which one did
     except Exception as error:  # noqa: BLE001 - told in one line: the first says what comes of it
-        print(f"error: rank {place.rank}: {type(error).__name__}: {one_line(error)}",
-              file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(f"error: rank {place.rank}: {kind}{one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import Workplace
+from tests.processes import free_port
 from tests.test_run import only_run
 
 PATIENCE_SECONDS = 300
@@ -207,3 +208,17 @@ def test_more_processes_than_sequences_are_refused(workplace: Workplace) -> None
     assert code == 1
     assert "training.batch_size x training.gradient_accumulation_steps = 1" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_finds_no_other_says_so(workplace: Workplace) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        workplace.train_command(rank_timeout_seconds="3"), capture_output=True, text=True,
+        env={**workplace.environment, **place}, timeout=PATIENCE_SECONDS, check=False,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: rank 1: the other processes are not found at 127\.0\.0\.1:\d+ .*\n", done.stderr
+    )

@@ -25,10 +25,13 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import (
     CheckpointingPolicy,
+    MomentPrecision,
     Optimizer,
     Parallel,
     PipelineConfig,
+    Precision,
     TrainingConfig,
+    WeightPrecision,
 )
 from svend.pipeline.crew import Crew
 from svend.pipeline.ladder.progressive import PipelineRunner
@@ -46,6 +49,7 @@ from svend.ranks import Place, find_place
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
+from svend.training.low_memory import prepare_weights
 from svend.training.parallel import Ranks, shard_mesh, shard_model
 from svend.training.state import TrainState, build_state
 from tests.processes import run_together, started_by
@@ -87,6 +91,7 @@ def build(ranks: Ranks, layout: Layout, training: TrainingConfig) -> TrainState:
     if layout.compiled:
         model.compile_blocks()
     if layout.parallel is Parallel.FSDP and ranks.size > 1:
+        prepare_weights(model, training)
         shard_model(model, shard_mesh(ranks, CPU, layout.shards), training)
     model.to_empty(device="cpu")
     model.initialize(0)
@@ -164,6 +169,29 @@ def test_processes_take_the_steps_that_one_takes(size: int, layouts: list[Layout
         parameters = sum(curves[number].held for curves in of_ranks)
         copies = size if layout.parallel is Parallel.DDP else size // (layout.shards or size)
         assert parameters == copies * expected[layout.optimizer].held
+
+
+def train_in_bf16(ranks: Ranks) -> tuple[list[float], set[tuple[int, torch.dtype]]]:
+    """Return losses, and the dtypes of tensors by their dimensions, weights and moments."""
+    training = make_training(
+        gradient_accumulation_steps=3, precision=Precision.BF16,
+        weight_precision=WeightPrecision.BF16, moment_precision=MomentPrecision.BF16,
+    )
+    state = build(ranks, Layout(Parallel.FSDP), training)
+    losses = [float(metrics.loss) for metrics in train_steps(state, training, STEPS)]
+    tensors = [*state.model.parameters(),
+               *(t for of in state.optimizer.state.values() for t in of.values())]
+    return losses, {(tensor.dim(), tensor.dtype) for tensor in tensors}
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_are_sharded_beside_gains_in_fp32() -> None:
+    expected, dtypes = train_in_bf16(Ranks())
+    assert dtypes == {(0, torch.float32), (1, torch.float32), (2, torch.bfloat16)}
+    for losses, of_rank in run_together(train_in_bf16, 2):
+        assert of_rank == dtypes
+        # Other random numbers round the weights, and gains are gathered in fp32 all the same.
+        assert losses == pytest.approx(expected, rel=0.02)
 
 
 def make_replica(ranks: Ranks, layout: Layout, training: TrainingConfig) -> Replica:

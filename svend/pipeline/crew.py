@@ -47,6 +47,9 @@ class Crew:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._dismissed = False
+        # Whether it was in the middle of an operation that the first process left: the others
+        # wait for it there, and hear nothing.
+        self._at_work = False
         if ranks.store is not None:
             ranks.store.set(f"process/{ranks.rank}", f"{os.getpid()} {socket.gethostname()}")
 
@@ -64,8 +67,11 @@ class Crew:
         where a process has died.
         """
         self.tell((operation, args, kwargs))
+        self._at_work = True
         try:
-            return operation(member, *args, **kwargs)
+            result = operation(member, *args, **kwargs)
+            self._at_work = False
+            return result
         except UserError:
             raise
         except RuntimeError as error:
@@ -103,7 +109,7 @@ class Crew:
 
     def dismiss(self, outcome: Any) -> None:
         """Tell the others how the run ended, as far as they can still hear it."""
-        if self.size > 1 and not self._dismissed:
+        if self.size > 1 and not (self._dismissed or self._at_work):
             self._dismissed = True
             try:
                 self.tell(Dismissal(outcome))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svend import cuda
-from svend.errors import ConfigError, ResourceError
+from svend.errors import ConfigError, ResourceError, one_line
 from svend.models.shards import SHARD
 from svend.models.transformer import RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
@@ -91,7 +92,15 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         from torch.distributed.rendezvous import rendezvous
 
         set_rendezvous()
-        meeting, _, _ = next(rendezvous("env://", place.rank, place.size))
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            meeting, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(
+                f"the other processes are not found at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} ({one_line(error)[:160]}); start as many "
+                f"processes as WORLD_SIZE says, {place.size}, and let them reach the first"
+            ) from error
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
         if on_cuda:
@@ -103,7 +112,7 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
             cuda.use_device(place.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
-            world_size=place.size, timeout=timedelta(seconds=timeout_seconds),
+            world_size=place.size, timeout=timeout,
             device_id=torch.device("cuda", place.local_rank) if on_cuda else None,
         )
         _joined = Ranks(
