@@ -80,6 +80,17 @@ EXIT_USER_ERROR = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    code = _code_of(arguments)
+    parallel = sys.modules.get("svend.training.parallel")
+    if parallel is not None and parallel.has_given_up():
+        # Not waiting for processes that wait for this one, or for a save whose parts do not come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _code_of(arguments: Sequence[str] | None) -> int:
     try:
         known, rest = _parser().parse_known_args(arguments)
         return _run(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
@@ -516,10 +527,9 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
-    if result.interrupted_at_once or isinstance(result.error, RankLost):
+    if result.interrupted_at_once:
         sys.stdout.flush()
-        # Not waiting for a save that is under way, or to which a process has not come.
-        os._exit(EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR)
+        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 

@@ -172,7 +172,9 @@ def test_a_stopped_process_is_named_within_the_time_out(workplace: Workplace) ->
 
 @pytest.mark.slow
 def test_mlflow_run_starts_the_processes_of_one_run(workplace: Workplace) -> None:
-    command = workplace.mlflow_command("-P", "nproc=2", training__compile="off")
+    command = workplace.mlflow_command(
+        "--experiment-name", "svend", "-P", "nproc=2", training__compile="off"
+    )
     done = subprocess.run(
         command, capture_output=True, text=True, env=workplace.environment, cwd=workplace.folder,
         timeout=PATIENCE_SECONDS, check=False,

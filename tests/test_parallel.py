@@ -22,6 +22,7 @@ from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
+from svend.pipeline import sharded_files
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import (
     CheckpointingPolicy,
@@ -332,6 +333,44 @@ def test_processes_share_the_held_out_sequences() -> None:
         for ours, theirs in zip(measured, expected, strict=True):
             assert ours.predicted == theirs.predicted
             assert ours.sums == pytest.approx(theirs.sums, rel=1e-5)
+
+
+def spoil_the_last(ranks: Ranks) -> tuple[int, int]:
+    """Return what is counted of a NaN in the last process's part, before and after an evaluation.
+    """
+    replica = make_replica(ranks, PARTS, make_training())
+    measure_heldout(replica)
+    before = count_nonfinite(replica.state.model)
+    if ranks.rank == ranks.size - 1:
+        with torch.no_grad():
+            local(replica.state.model.head.weight)[0, 0] = torch.nan  # type: ignore[union-attr]
+    measure_heldout(replica)
+    return before, count_nonfinite(replica.state.model)
+
+
+def test_a_weight_that_is_not_finite_is_seen_in_whichever_part_it_lies() -> None:
+    assert run_together(spoil_the_last, 2) == [(0, 1), (0, 1)]
+
+
+def fail_to_write(ranks: Ranks, folder: Path) -> str:
+    """Say what a process hears where another cannot write, or writes where nobody sees it."""
+    replica = make_replica(ranks, PARTS, make_training())
+    place = folder / "shared" if ranks.place.leads else folder / "elsewhere"
+    place.mkdir(parents=True)
+    sharded_files.ARRIVAL_SECONDS = 0.5
+    begin_partial_save(replica, place)
+    assert replica.partial is not None
+    try:
+        (replica.written or replica.partial).result()
+    except (CheckpointError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "written"
+
+
+def test_a_part_that_is_not_where_the_others_are_is_missed(tmp_path: Path) -> None:
+    first, second = run_together(fail_to_write, 2, tmp_path)
+    assert re.search(r"CheckpointError: .*__1_0\.distcp: was written by another machine", first)
+    assert second == "written"
 
 
 def lose_the_last(ranks: Ranks) -> tuple[str, float]:

@@ -6,12 +6,13 @@ only the first runs the pipeline; the others wait for what it calls, and do thei
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,7 +20,7 @@ import psutil
 import torch
 
 from svend.errors import RankLost, UserError, one_line
-from svend.training.parallel import Ranks
+from svend.training.parallel import Ranks, give_up, has_given_up, is_about_a_connection
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -47,9 +48,6 @@ class Crew:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._dismissed = False
-        # Whether it was in the middle of an operation that the first process left: the others
-        # wait for it there, and hear nothing.
-        self._at_work = False
         if ranks.store is not None:
             ranks.store.set(f"process/{ranks.rank}", f"{os.getpid()} {socket.gethostname()}")
 
@@ -67,36 +65,57 @@ class Crew:
         where a process has died.
         """
         self.tell((operation, args, kwargs))
-        self._at_work = True
+        with self.together():
+            return operation(member, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Name the process that has died, where something that all do ends because of it.
+
+        However it ends before its end, the others may be waiting in the middle of it.
+        """
         try:
-            result = operation(member, *args, **kwargs)
-            self._at_work = False
-            return result
-        except UserError:
-            raise
-        except RuntimeError as error:
-            if self.size == 1:
+            yield
+        except BaseException as error:
+            if self.size > 1:
+                give_up()
+            if self.size == 1 or not (isinstance(error, RankLost) or is_about_a_connection(error)):
                 raise
-            lost = self._find_lost()
-            if lost is None and not _is_about_a_connection(error):
-                raise
-            raise RankLost(lost or f"{UNKNOWN} ({one_line(error)[:160]})") from error
+            told = str(error) if isinstance(error, RankLost) else f"{UNKNOWN} ({_short(error)})"
+            raise RankLost(self._find_lost() or told) from error
 
     def tell(self, order: Any) -> None:
         """Send the others an order; raises RankLost where one has died."""
-        if self.size == 1:
-            return
-        try:
-            _broadcast(order, self.ranks)
-        except RuntimeError as error:
-            raise RankLost(self._find_lost() or UNKNOWN) from error
+        if self.size > 1:
+            with self.together():
+                _broadcast(order, self.ranks)
 
     def hear(self) -> Any:
         """Wait for an order of the first process."""
         try:
             return _broadcast(None, self.ranks)
         except RuntimeError as error:
-            raise RankLost(f"rank 0 does not answer ({one_line(error)[:120]})") from error
+            give_up()
+            raise RankLost(f"rank 0 does not answer ({_short(error)})") from error
+
+    def answer(self, reason: str | None) -> None:
+        """Tell the first process that this one is ready, or why it is not."""
+        import torch.distributed as dist
+
+        dist.gather_object(reason, None, group=self.ranks.orders)
+
+    def hear_answers(self) -> None:
+        """Wait until every other process is ready; raises UserError where one is not."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        reasons: list[str | None] = [None] * self.size
+        with self.together():
+            dist.gather_object(None, reasons, group=self.ranks.orders)
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise UserError(f"rank {rank}: {reason}")
 
     def follow(self, member: Any) -> Any:
         """Do what the first process calls until it ends the run; return how it ended."""
@@ -109,7 +128,7 @@ class Crew:
 
     def dismiss(self, outcome: Any) -> None:
         """Tell the others how the run ended, as far as they can still hear it."""
-        if self.size > 1 and not (self._dismissed or self._at_work):
+        if self.size > 1 and not (self._dismissed or has_given_up()):
             self._dismissed = True
             try:
                 self.tell(Dismissal(outcome))
@@ -157,11 +176,8 @@ def _trouble_of(process: int) -> str | None:
     return "died" if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else None
 
 
-def _is_about_a_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed, for a process did not answer or its connection broke."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+def _short(error: BaseException) -> str:
+    return one_line(error)[:160]
 
 
 def _broadcast(order: Any, ranks: Ranks) -> Any:

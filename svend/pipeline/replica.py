@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from svend.data.corpus import build_corpus
+from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import DTYPES
-from svend.errors import DataError, one_line
+from svend.errors import DataError, UserError, one_line
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
 from svend.models.config import BaseShape, TransformerConfig
@@ -36,7 +36,7 @@ from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.low_memory import prepare_weights
-from svend.training.parallel import Ranks, shard_mesh, shard_model
+from svend.training.parallel import Ranks, give_up, shard_mesh, shard_model
 from svend.training.schedules import learning_rate_factor
 from svend.training.state import TrainState, build_state
 
@@ -137,6 +137,7 @@ def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: C
         if isinstance(told, Assignment):
             return crew.follow(_join_run(told, model_factory, device, crew))
     except Exception as error:
+        give_up()
         crew.leave_note(f"{type(error).__name__}: {one_line(error)[:200]}")
         raise
     assert isinstance(told, Dismissal)
@@ -146,18 +147,13 @@ def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: C
 def _join_run(
     assignment: Assignment, model_factory: ModelFactory | None, device: torch.device, crew: Crew
 ) -> Replica:
-    config = assignment.config
-    assert config.model is not None  # set by PipelineConfig.resolve
-    training = config.training
-    corpus = build_corpus(
-        training.data, config.model.vocab_size, training.data_seed, lambda _: None,
-        evaluation_sets(config),
-    )
-    if corpus.fingerprint != assignment.data_fingerprint:
-        raise DataError(
-            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
-            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
-        )
+    config, training = assignment.config, assignment.config.training
+    try:
+        corpus = _same_corpus(assignment)
+    except UserError as error:
+        crew.answer(one_line(error))
+        raise
+    crew.answer(None)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
     state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
@@ -168,6 +164,22 @@ def _join_run(
     if assignment.starts:
         take_start(replica)
     return replica
+
+
+def _same_corpus(assignment: Assignment) -> Corpus:
+    """Return the data as they are here; raises DataError where they are others."""
+    config, data = assignment.config, assignment.config.training.data
+    assert config.model is not None  # set by PipelineConfig.resolve
+    corpus = build_corpus(
+        data, config.model.vocab_size, config.training.data_seed, lambda _: None,
+        evaluation_sets(config),
+    )
+    if corpus.fingerprint != assignment.data_fingerprint:
+        raise DataError(
+            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
+            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
+        )
+    return corpus
 
 
 def build_model(
@@ -261,6 +273,7 @@ def measure_heldout(replica: Replica) -> HeldoutLoss:
         replica.state.model, (replica.heldout.batch(number, 1) for number in numbers),
         training.precision, replica.device,
     )
+    shards.reshard(replica.state.model)
     if ranks.size > 1:
         import torch.distributed as dist
 

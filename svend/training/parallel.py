@@ -76,6 +76,30 @@ class Ranks:
 
 
 _joined: Ranks | None = None
+_given_up = False
+
+
+def give_up() -> None:
+    """Take it that the processes are not where they should be: nothing is ended in good order.
+
+    To part from others that wait in the middle of something would be to wait for them.
+    """
+    global _given_up  # noqa: PLW0603
+    _given_up = True
+
+
+def has_given_up() -> bool:
+    """Whether this process is to end at once, once it has said why."""
+    return _given_up
+
+
+def is_about_a_connection(error: BaseException) -> bool:
+    """Whether a collective failed, for a process did not answer or its connection broke."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ranks:
@@ -104,16 +128,18 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
         if on_cuda:
-            if place.local_size > cuda.device_count():
+            # Of one that Slurm has bound to a device, that is the only one it sees.
+            index = place.local_rank if cuda.device_count() > 1 else 0
+            if index >= cuda.device_count():
                 raise ResourceError(
                     f"{place.local_size} processes on a machine with {cuda.device_count()} "
                     "CUDA devices: start one per device"
                 )
-            cuda.use_device(place.local_rank)
+            cuda.use_device(index)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
             world_size=place.size, timeout=timeout,
-            device_id=torch.device("cuda", place.local_rank) if on_cuda else None,
+            device_id=torch.device("cuda", index) if on_cuda else None,
         )
         _joined = Ranks(
             place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
@@ -128,7 +154,7 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
 def leave_ranks() -> None:
     """Part from the other processes, at the end of this one."""
     global _joined  # noqa: PLW0603
-    if _joined is not None:
+    if _joined is not None and not _given_up:
         import torch.distributed as dist
 
         _joined = None
@@ -177,11 +203,13 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
     fully_shard(model, mesh=mesh, mp_policy=matrices)
 
 
-def replicate_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return what to call for a forward pass, after whose backward pass gradients are means."""
-    ids = [device.index or cuda.used_device()] if device.type == "cuda" else None
+def replicate_model(model: nn.Module) -> nn.Module:
+    """Return what to call for a forward pass, after whose backward pass gradients are means.
+
+    Without device_ids, which would have document numbers moved to the device.
+    """
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
