@@ -27,6 +27,7 @@ M = TypeVar("M")
 T = TypeVar("T")
 # For the death of another process to show, once it has broken a connection.
 LOST_SECONDS = 5.0
+READY = "ready"
 UNKNOWN = "a process of the run does not answer"
 
 
@@ -98,23 +99,27 @@ class Crew:
             give_up()
             raise RankLost(f"rank 0 does not answer ({_short(error)})") from error
 
-    def answer(self, reason: str | None) -> None:
+    def answer(self, question: str, reason: str | None) -> None:
         """Tell the first process that this one is ready, or why it is not."""
-        import torch.distributed as dist
+        assert self.ranks.store is not None
+        self.ranks.store.set(f"{question}/{self.ranks.rank}", reason or READY)
 
-        dist.gather_object(reason, None, group=self.ranks.orders)
+    def hear_answers(self, question: str) -> None:
+        """Wait, as long as it takes, until every other process is ready.
 
-    def hear_answers(self) -> None:
-        """Wait until every other process is ready; raises UserError where one is not."""
-        if self.size == 1:
+        Raises UserError where one says why it is not, RankLost where one has died.
+        """
+        store = self.ranks.store
+        if store is None:
             return
-        import torch.distributed as dist
-
-        reasons: list[str | None] = [None] * self.size
-        with self.together():
-            dist.gather_object(None, reasons, group=self.ranks.orders)
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
+        for rank in range(1, self.size):
+            while not store.check([f"{question}/{rank}"]):
+                if lost := self._look_for_lost():
+                    give_up()
+                    raise RankLost(lost)
+                time.sleep(0.1)
+            reason = store.get(f"{question}/{rank}").decode()
+            if reason != READY:
                 raise UserError(f"rank {rank}: {reason}")
 
     def follow(self, member: Any) -> Any:
@@ -141,22 +146,25 @@ class Crew:
             self.ranks.store.set(f"reason/{self.ranks.rank}", reason)
 
     def _find_lost(self) -> str | None:
-        """Say which process has ended, and why if it said so; None if all are there."""
-        store, deadline = self.ranks.store, time.monotonic() + LOST_SECONDS
-        if store is None or self.size == 1:
-            return None
-        here = socket.gethostname()
-        while True:
-            for rank in range(1, self.size):
-                process, _, host = store.get(f"process/{rank}").decode().partition(" ")
-                who = f"rank {rank} (process {process} on {host})"
-                if store.check([f"reason/{rank}"]):
-                    return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
-                if host == here and (trouble := _trouble_of(int(process))):
-                    return f"{who} {trouble}"
-            if time.monotonic() > deadline:
-                return None
+        """Wait a little for the death of a process to show; see `_look_for_lost`."""
+        deadline = time.monotonic() + LOST_SECONDS
+        while (lost := self._look_for_lost()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        return lost
+
+    def _look_for_lost(self) -> str | None:
+        """Say which process has ended, and why if it said so; None if all are there."""
+        store, here = self.ranks.store, socket.gethostname()
+        for rank in range(1, self.size):
+            if store is None or not store.check([f"process/{rank}"]):
+                continue
+            process, _, host = store.get(f"process/{rank}").decode().partition(" ")
+            who = f"rank {rank} (process {process} on {host})"
+            if store.check([f"reason/{rank}"]):
+                return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
+            if host == here and (trouble := _trouble_of(int(process))):
+                return f"{who} {trouble}"
+        return None
 
 
 def stay_for_orders() -> None:

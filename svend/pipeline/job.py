@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -168,7 +169,8 @@ def prepare_job(
     if plan.compile and training.profile:
         name_compiled_kernels()
     state = _assign(crew, Assignment(
-        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None
+        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None,
+        secrets.token_hex(8),
     ), sequences, model_factory, device)
     weights = None if start is None else start.weights_for(state.model)
     # Measured by the first process while the others wait: together they are as many times as fast.
@@ -206,7 +208,7 @@ def _assign(
 ) -> TrainState:
     """Tell the other processes of the run, and build with them the state before step 1."""
     crew.tell(assignment)
-    crew.hear_answers()
+    crew.hear_answers(assignment.question)
     with crew.together():
         return build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
 

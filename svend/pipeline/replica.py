@@ -53,6 +53,7 @@ class Assignment:
     """What the first process tells the others of a run before its first step.
 
     The config as it was resolved on the first's machine. starts: whether weights come from it.
+    question: under which they answer that they are ready.
     """
 
     config: PipelineConfig
@@ -61,6 +62,7 @@ class Assignment:
     compiled: bool
     sharded: bool
     starts: bool
+    question: str
 
 
 @dataclass(kw_only=True)
@@ -151,9 +153,9 @@ def _join_run(
     try:
         corpus = _same_corpus(assignment)
     except UserError as error:
-        crew.answer(one_line(error))
+        crew.answer(assignment.question, one_line(error))
         raise
-    crew.answer(None)
+    crew.answer(assignment.question, None)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
     state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)

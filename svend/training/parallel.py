@@ -141,8 +141,10 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
             world_size=place.size, timeout=timeout,
             device_id=torch.device("cuda", index) if on_cuda else None,
         )
+        # An order is not sent before it is listened for: the first waits as for any answer.
         _joined = Ranks(
-            place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
+            place, store,
+            dist.new_group(backend="gloo", timeout=timeout if place.leads else PATIENCE),
             dist.new_group(
                 backend="gloo", timeout=timedelta(seconds=SAVING_SLACK * timeout_seconds)
             ),
