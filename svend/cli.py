@@ -80,6 +80,17 @@ EXIT_USER_ERROR = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    code = _code_of(arguments)
+    parallel = sys.modules.get("svend.training.parallel")
+    if parallel is not None and parallel.has_given_up():
+        # Not waiting for processes that wait for this one, or for a save whose parts do not come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _code_of(arguments: Sequence[str] | None) -> int:
     try:
         known, rest = _parser().parse_known_args(arguments)
         return _run(known, rest, list(sys.argv[2:] if arguments is None else arguments[1:]))
@@ -116,6 +127,9 @@ def _share(
     None for a process that is to run the command: alone, or as the first.
     """
     place, processes = find_place(), read_processes(known.nproc)
+    if place.size > 1:
+        # Read where torch is imported: what it would say over many lines is said in one.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     looks = list(rest[:1]) == ["status"] or getattr(known, "dry_run", "false") == "true"
     if looks or (place.leads and (place.size > 1 or processes == 1)):
         return None
@@ -130,8 +144,8 @@ def _share(
     except RankLost:
         return EXIT_USER_ERROR  # the first has died, or has said which one did
     except Exception as error:  # noqa: BLE001 - told in one line: the first says what comes of it
-        print(f"error: rank {place.rank}: {type(error).__name__}: {one_line(error)}",
-              file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(f"error: rank {place.rank}: {kind}{one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 
@@ -513,10 +527,9 @@ def _run_pipeline(known: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.success:
         return 0
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
-    if result.interrupted_at_once or isinstance(result.error, RankLost):
+    if result.interrupted_at_once:
         sys.stdout.flush()
-        # Not waiting for a save that is under way, or to which a process has not come.
-        os._exit(EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR)
+        os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
     return EXIT_INTERRUPTED if result.interrupted else EXIT_USER_ERROR
 
 

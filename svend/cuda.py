@@ -114,6 +114,11 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     torch.cuda.set_rng_state(state, device)
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return the generator that torch draws with on the device."""
+    return torch.cuda.default_generators[device.index or 0]
+
+
 def copy_through_pinned_memory(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a copy on the device, which is made while the caller goes on."""
     return tensor.pin_memory().to(device, non_blocking=True)

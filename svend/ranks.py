@@ -47,6 +47,13 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
+def require_alone(what: str) -> None:
+    """Raise ConfigError where this process is one of several."""
+    size = find_place().size
+    if size > 1:
+        raise ConfigError(f"{what}, and this is one of {size}; start it without torchrun or srun")
+
+
 def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
     """Say where the processes of a Slurm step meet, where nobody has said so.
 

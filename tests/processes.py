@@ -30,6 +30,14 @@ def run_together(
 
     None for one that was killed.
     """
+    return started_by("torchrun", function, size, *args, **kwargs)
+
+
+def started_by(
+    starter: str, function: Callable[Concatenate[Ranks, P], T], size: int, *args: P.args,
+    **kwargs: P.kwargs,
+) -> list[T]:
+    """Do the same in processes that were told their places by `torchrun` or `slurm`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
@@ -37,7 +45,7 @@ def run_together(
     for rank in range(size):
         here, there = context.Pipe()
         process = context.Process(
-            target=_take_part, args=(there, rank, size, port, function, args, kwargs)
+            target=_take_part, args=(there, rank, size, port, starter, function, args, kwargs)
         )
         process.start()
         there.close()
@@ -60,6 +68,24 @@ def run_together(
     return results
 
 
+def _of_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }
+
+
+def _of_slurm(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size), "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_TASKS_PER_NODE": str(size), "SLURM_NODEID": "0", "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+STARTERS = {"torchrun": _of_torchrun, "slurm": _of_slurm}
+
+
 def free_port() -> int:
     """Return a port of this machine that nothing listens at."""
     with socket.socket() as probe:
@@ -69,13 +95,10 @@ def free_port() -> int:
 
 
 def _take_part(
-    end: Connection, rank: int, size: int, port: int, function: Callable[..., Any],
+    end: Connection, rank: int, size: int, port: int, starter: str, function: Callable[..., Any],
     args: tuple[Any, ...], kwargs: dict[str, Any],
 ) -> None:
-    os.environ.update({
-        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    })
+    os.environ.update(STARTERS[starter](rank, size, port))
     torch.set_num_threads(1)
     try:
         ranks = join_ranks(find_place(), torch.device("cpu"), PATIENCE_SECONDS / 2)

@@ -11,7 +11,7 @@ import torch
 from mlflow import MlflowClient
 
 from svend.errors import UserError
-from svend.pipeline import branches
+from svend.pipeline import replica
 from svend.pipeline.config import Branch, load_config
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.training.loop import train_steps
@@ -124,7 +124,7 @@ def test_a_run_killed_on_a_branch_goes_on_as_if_it_had_not_been(
             yield metrics
 
     with monkeypatch.context() as patch:
-        patch.setattr(branches, "train_steps", dies_on_the_second)
+        patch.setattr(replica, "train_steps", dies_on_the_second)
         assert not bench.train("cut", training__horizons="[0.3, 0.5]").success
     assert killed == 1
     resumed = bench.train("cut", resume=True, training__horizons="[0.3, 0.5]")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svend import cli
-from svend.pipeline import runner
+from svend.pipeline import replica
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import Optimizer, Precision, Schedule, TrainingConfig, load_config
 from svend.pipeline.runner import PipelineResult, ScaleRunner
@@ -271,7 +271,7 @@ class Workshop:
                 yield metrics
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "train_steps", planted)
+            patch.setattr(replica, "train_steps", planted)
             return ScaleRunner(config).run(resume=resume)
 
     def state(self, result: PipelineResult, step: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -57,16 +56,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_fused_score_gradients", lambda: attention._score_gradients)
 
 
-LOW_MEMORY = pytest.mark.skipif(
-    importlib.util.find_spec("svend.training.low_memory") is None,
-    reason="weights and moments in fewer bits are not built yet",
-)
-
-
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=LOW_MEMORY if name == "low-memory optimizers" else ())
-    for name in sorted(PARTS)
-])
+@pytest.mark.parametrize("name", sorted(PARTS))
 def test_every_part_passes_in_miniature(name: str, uncompiled: None) -> None:
     outcome = run_part(PARTS[name], CPU, SIZE)
     assert (outcome.verdict, outcome.reason) == (Verdict.OK, "")
@@ -165,7 +155,7 @@ def plan_of_half(patch: pytest.MonkeyPatch) -> None:
 
     def predict(*arguments: Any) -> Any:
         plan = own(*arguments)
-        return replace(plan, activations=plan.activations // 20, optimizer=0, head=0)
+        return replace(plan, activations=plan.activations // 20, optimizer=0, logits=0)
 
     patch.setattr(training, "predict_memory_on", predict)
 

@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from svend.errors import ConfigError, UserError
-from svend.pipeline import runner
+from svend.pipeline import replica
 from svend.pipeline.config import ModelScale
 from svend.pipeline.ladder.below import find_below
 from svend.pipeline.ladder.climb import LadderClimb, Wish
@@ -118,7 +118,7 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Climbed]:
             yield metrics
 
     with store(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "train_steps", looked_at)
+        patch.setattr(replica, "train_steps", looked_at)
         yield Climbed(folder, climb(folder), seen)
 
 

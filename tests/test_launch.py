@@ -14,10 +14,14 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import Workplace
+from tests.processes import free_port
+from tests.test_run import only_run
 
 PATIENCE_SECONDS = 300
 # What several processes do to a run is nothing: so is it held against one that was trained alone.
 PARTS = ("--nproc", "2", "--training.parallel", "fsdp")
+# More steps than a test waits for; what a model is like after so few is not judged.
+LONG = {"training__max_steps": "4000", "strict_validation": "false"}
 
 
 @pytest.fixture
@@ -142,14 +146,12 @@ def test_sigterm_to_the_launcher_saves_and_the_others_are_let_go(workplace: Work
         launcher.send_signal(signal.SIGTERM)
 
     first = workplace.checkpoints / "svend" / "step_00000020"
-    code, _, errors = train(
-        workplace, *PARTS, act=at(first, stop), training__max_steps="4000"
-    )
+    code, _, errors = train(workplace, *PARTS, act=at(first, stop), **LONG)
     assert code == 130, errors
     assert "Traceback" not in errors
     assert newest_run(workplace).info.status == "KILLED"
-    code, out, errors = train(workplace, "--resume", "--training.max_steps", "4000", *PARTS, act=at(
-        first.with_name("step_00000100"), stop))
+    later = first.with_name("step_00000100")
+    code, out, errors = train(workplace, "--resume", *PARTS, act=at(later, stop), **LONG)
     assert code == 130, errors
     assert re.search(r"resuming run \w+ from step [1-9]", out)
 
@@ -161,8 +163,7 @@ def test_a_stopped_process_is_named_within_the_time_out(workplace: Workplace) ->
 
     first = workplace.checkpoints / "svend" / "step_00000020"
     code, _, errors = train(
-        workplace, *PARTS, act=at(first, freeze), rank_timeout_seconds="5",
-        training__max_steps="4000",
+        workplace, *PARTS, act=at(first, freeze), rank_timeout_seconds="5", **LONG
     )
     assert code == 1
     assert re.search(r"error: rank 1 \(process \d+ on .*\) is stopped", errors), errors
@@ -171,15 +172,15 @@ def test_a_stopped_process_is_named_within_the_time_out(workplace: Workplace) ->
 
 @pytest.mark.slow
 def test_mlflow_run_starts_the_processes_of_one_run(workplace: Workplace) -> None:
-    command = workplace.mlflow_command("-P", "nproc=2", training__compile="off")
+    command = workplace.mlflow_command(
+        "--experiment-name", "svend", "-P", "nproc=2", training__compile="off"
+    )
     done = subprocess.run(
         command, capture_output=True, text=True, env=workplace.environment, cwd=workplace.folder,
         timeout=PATIENCE_SECONDS, check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    client = MlflowClient(workplace.tracking_uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    (run,) = runs
+    run = only_run(workplace, "svend")
     assert run.info.status == "FINISHED"
     assert run.data.params["nproc"] == "2"
     assert run.data.tags["svend.processes"] == "2, each with the whole model (ddp)"
@@ -209,3 +210,17 @@ def test_more_processes_than_sequences_are_refused(workplace: Workplace) -> None
     assert code == 1
     assert "training.batch_size x training.gradient_accumulation_steps = 1" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_finds_no_other_says_so(workplace: Workplace) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        workplace.train_command(rank_timeout_seconds="3"), capture_output=True, text=True,
+        env={**workplace.environment, **place}, timeout=PATIENCE_SECONDS, check=False,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: rank 1: the other processes are not found at 127\.0\.0\.1:\d+ .*\n", done.stderr
+    )

@@ -16,20 +16,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svend import cli
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
+from svend.pipeline import sharded_files
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import (
     CheckpointingPolicy,
+    MomentPrecision,
     Optimizer,
     Parallel,
     PipelineConfig,
+    Precision,
     TrainingConfig,
+    WeightPrecision,
 )
 from svend.pipeline.crew import Crew
+from svend.pipeline.ladder.progressive import PipelineRunner
 from svend.pipeline.replica import (
     Replica,
     begin_partial_save,
@@ -44,9 +50,10 @@ from svend.ranks import Place, find_place
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
+from svend.training.low_memory import prepare_weights
 from svend.training.parallel import Ranks, shard_mesh, shard_model
 from svend.training.state import TrainState, build_state
-from tests.processes import run_together
+from tests.processes import run_together, started_by
 from tests.test_training import CPU, make_model, make_sequences, make_training
 
 STEPS = 6
@@ -85,6 +92,7 @@ def build(ranks: Ranks, layout: Layout, training: TrainingConfig) -> TrainState:
     if layout.compiled:
         model.compile_blocks()
     if layout.parallel is Parallel.FSDP and ranks.size > 1:
+        prepare_weights(model, training)
         shard_model(model, shard_mesh(ranks, CPU, layout.shards), training)
     model.to_empty(device="cpu")
     model.initialize(0)
@@ -162,6 +170,29 @@ def test_processes_take_the_steps_that_one_takes(size: int, layouts: list[Layout
         parameters = sum(curves[number].held for curves in of_ranks)
         copies = size if layout.parallel is Parallel.DDP else size // (layout.shards or size)
         assert parameters == copies * expected[layout.optimizer].held
+
+
+def train_in_bf16(ranks: Ranks) -> tuple[list[float], set[tuple[int, torch.dtype]]]:
+    """Return losses, and the dtypes of tensors by their dimensions, weights and moments."""
+    training = make_training(
+        gradient_accumulation_steps=3, precision=Precision.BF16,
+        weight_precision=WeightPrecision.BF16, moment_precision=MomentPrecision.BF16,
+    )
+    state = build(ranks, Layout(Parallel.FSDP), training)
+    losses = [float(metrics.loss) for metrics in train_steps(state, training, STEPS)]
+    tensors = [*state.model.parameters(),
+               *(t for of in state.optimizer.state.values() for t in of.values())]
+    return losses, {(tensor.dim(), tensor.dtype) for tensor in tensors}
+
+
+@pytest.mark.slow
+def test_weights_in_bf16_are_sharded_beside_gains_in_fp32() -> None:
+    expected, dtypes = train_in_bf16(Ranks())
+    assert dtypes == {(0, torch.float32), (1, torch.float32), (2, torch.bfloat16)}
+    for losses, of_rank in run_together(train_in_bf16, 2):
+        assert of_rank == dtypes
+        # Other random numbers round the weights, and gains are gathered in fp32 all the same.
+        assert losses == pytest.approx(expected, rel=0.02)
 
 
 def make_replica(ranks: Ranks, layout: Layout, training: TrainingConfig) -> Replica:
@@ -304,6 +335,44 @@ def test_processes_share_the_held_out_sequences() -> None:
             assert ours.sums == pytest.approx(theirs.sums, rel=1e-5)
 
 
+def spoil_the_last(ranks: Ranks) -> tuple[int, int]:
+    """Return what is counted of a NaN in the last process's part, before and after an evaluation.
+    """
+    replica = make_replica(ranks, PARTS, make_training())
+    measure_heldout(replica)
+    before = count_nonfinite(replica.state.model)
+    if ranks.rank == ranks.size - 1:
+        with torch.no_grad():
+            local(replica.state.model.head.weight)[0, 0] = torch.nan  # type: ignore[union-attr]
+    measure_heldout(replica)
+    return before, count_nonfinite(replica.state.model)
+
+
+def test_a_weight_that_is_not_finite_is_seen_in_whichever_part_it_lies() -> None:
+    assert run_together(spoil_the_last, 2) == [(0, 1), (0, 1)]
+
+
+def fail_to_write(ranks: Ranks, folder: Path) -> str:
+    """Say what a process hears where another cannot write, or writes where nobody sees it."""
+    replica = make_replica(ranks, PARTS, make_training())
+    place = folder / "shared" if ranks.place.leads else folder / "elsewhere"
+    place.mkdir(parents=True)
+    sharded_files.ARRIVAL_SECONDS = 0.5
+    begin_partial_save(replica, place)
+    assert replica.partial is not None
+    try:
+        (replica.written or replica.partial).result()
+    except (CheckpointError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "written"
+
+
+def test_a_part_that_is_not_where_the_others_are_is_missed(tmp_path: Path) -> None:
+    first, second = run_together(fail_to_write, 2, tmp_path)
+    assert re.search(r"CheckpointError: .*__1_0\.distcp: was written by another machine", first)
+    assert second == "written"
+
+
 def lose_the_last(ranks: Ranks) -> tuple[str, float]:
     """Have the last process die in a step; the first returns what it hears of it, and how late."""
     replica = make_replica(ranks, PARTS, make_training())
@@ -354,3 +423,22 @@ def test_slurm_s_tasks_find_their_places() -> None:
         assert find_place({**step, **task}) == Place(rank, 6, local_rank, local_size)
     # A batch script, which has no tasks of its own.
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ALONE
+
+
+def count_up(ranks: Ranks) -> tuple[int, Place]:
+    return ranks.sum_count(ranks.rank + 1), ranks.place
+
+
+def test_the_tasks_of_a_slurm_step_meet() -> None:
+    assert started_by("slurm", count_up, 2) == [(3, Place(0, 2, 0, 2)), (3, Place(1, 2, 1, 2))]
+
+
+def test_a_sweep_and_a_progressive_run_want_a_process_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["sweep"]) == 1
+    assert "this is one of 2; start it without torchrun or srun" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="svend ladder --nproc N"):
+        PipelineRunner(PipelineConfig()).run_progressive()

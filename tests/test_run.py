@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
 
-from svend.pipeline import runner
+from svend.pipeline import replica
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.schema import build, read_yaml
@@ -234,7 +234,7 @@ def test_an_interrupted_run_is_killed_with_a_reason_and_goes_on_from_where_it_st
             yield metrics
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "train_steps", interrupted_at_15)
+        patch.setattr(replica, "train_steps", interrupted_at_15)
         stopped = run_here(workplace, workplace.train_command())
     assert stopped.returncode == 130, stopped.stdout
     assert "Traceback" not in stopped.stdout

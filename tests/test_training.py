@@ -30,7 +30,7 @@ from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import DataConfig, Optimizer, Precision, Schedule, TrainingConfig
-from svend.training.clipping import clip_gradients
+from svend.training.clipping import clip_gradients, norm_in_fp32
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.muon import Muon, orthogonalize
 from svend.training.optimizers import build_optimizer
@@ -538,6 +538,7 @@ def test_clipping_equals_torchs(
     ours, theirs = parameters(), parameters()
     norm = clip_gradients(ours, max_norm)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    torch.testing.assert_close(norm_in_fp32(drawn), norm)
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, its.grad)
 

@@ -68,7 +68,8 @@ def norm_over_shards(norm: Tensor, of: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Have a sharded module hold its parameters whole meanwhile, those of its children not.
+    """Have a sharded module hold its parameters whole meanwhile, but for those of children that are
+    sharded by themselves.
 
     For what calls it otherwise than by its forward pass. Every process must come here.
     """
@@ -83,14 +84,32 @@ def gathered(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Have a sharded model hold its parts alone again, after a forward pass without a backward one.
+
+    The root of it keeps what it gathered, for a backward pass that does not come.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
+        model.reshard()
+
+
 def count_nonfinite(model: nn.Module) -> int:
     """Return how many weights are NaN or infinite; waits for the device once.
 
     Where they are sharded, every process must ask.
     """
     with torch.no_grad():
-        parameters = list(model.parameters())
-        counts = [(~local(parameter).isfinite()).sum() for parameter in parameters]
-        if not counts:
-            return 0
-        return int(sum_over_shards(torch.stack(counts).sum(), parameters[0]))
+        here: list[Tensor] = []
+        elsewhere: list[Tensor] = []  # in part
+        sharded: Tensor | None = None
+        for parameter in model.parameters():
+            count = (~local(parameter).isfinite()).sum()
+            if is_sharded(parameter):
+                sharded = parameter
+                elsewhere.append(count)
+            else:
+                here.append(count)
+        if sharded is not None:
+            here.append(sum_over_shards(torch.stack(elsewhere).sum(), sharded))
+        return int(torch.stack(here).sum()) if here else 0

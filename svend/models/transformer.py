@@ -33,8 +33,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def compile_whole(self) -> None:
+        """Compile what training calls, as `Block.compile_whole` does."""
+        self._compiled = torch.compile(self._norm, dynamic=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        compiled = self._compiled if torch.is_grad_enabled() else None
+        return (compiled or self._norm)(x_BTD)
+
+    def _norm(self, x_BTD: Tensor) -> Tensor:
         wide_BTD = x_BTD.float()
         scale_BT1 = torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
         return (wide_BTD * scale_BT1 * self.weight).to(x_BTD.dtype)
@@ -256,8 +265,7 @@ class ReasoningTransformer(nn.Module):
         x_BTD, cos_B1TS, sin_B1TS, layout = self.embed(tokens_BT, documents_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, cos_B1TS, sin_B1TS, layout, self.fused)
-        compiled = self.fused and torch.is_grad_enabled()
-        out_BTD: Tensor = (self.final_norm if compiled else self.final_norm.forward)(x_BTD)
+        out_BTD: Tensor = self.final_norm(x_BTD)
         return out_BTD
 
     def embed(
@@ -291,4 +299,4 @@ class ReasoningTransformer(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compile_whole()
-        self.final_norm.compile(dynamic=False)
+        self.final_norm.compile_whole()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from svend.pipeline.config import Branch
 from svend.pipeline.job import Job
-from svend.pipeline.replica import load_state, measure_heldout, stage_steps
+from svend.pipeline.replica import end_stage, load_state, measure_heldout, stage_steps
 from svend.training.state import Horizon
 
 
@@ -35,6 +35,7 @@ def follow_branch(job: Job, branch: Branch, is_stopped: Callable[[], bool]) -> H
     horizon = None
     for _ in stage_steps(job, branch.end, decays_to=branch.end):
         if is_stopped():
+            job.call(end_stage)
             break
     else:
         horizon = horizon_at(job, branch.end, job.call(measure_heldout).loss)

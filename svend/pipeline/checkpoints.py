@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from svend.errors import CheckpointError, ConfigError
+from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.models.shards import is_sharded
 from svend.pipeline.checkpoint_files import (
     EXTRA_STATE,
@@ -282,7 +282,7 @@ class CheckpointManager:
             write_bytes(writing / METADATA, metadata_bytes(metadata))
             flush_folder(writing)
             move_into_place(writing, place)
-        except CheckpointError:
+        except (CheckpointError, RankLost):
             raise
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             raise CheckpointError(
@@ -614,11 +614,11 @@ def load_parts(
     Where several processes each hold a part, each calls this.
     """
     wanted = {name: part for name, part in parts.items() if part is not None}
-    like = _sharded_tensor(wanted.get("model"))
+    like, on_cuda = _sharded_tensor(wanted.get("model")), _is_on_cuda(wanted.get("model"))
     # All are read before the first is changed; of parts that are read in place, only model and
     # optimizer are not.
     states = {
-        name: read_state_of(checkpoint, name, part.state_dict(), like)
+        name: read_state_of(checkpoint, name, part.state_dict(), like, on_cuda=on_cuda)
         for name, part in wanted.items()
     }
     extra_state = read_state(checkpoint.path / EXTRA_STATE)
@@ -639,6 +639,11 @@ def _sharded_tensor(model: Stateful | nn.Module | None) -> Tensor | None:
     """Return a tensor of the model by which this process cuts what it loads, if it does."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next(filter(is_sharded, parameters), None)
+
+
+def _is_on_cuda(model: Stateful | nn.Module | None) -> bool:
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return any(parameter.device.type == "cuda" for parameter in parameters)
 
 
 def _checkpoint_id(step: int) -> str:

@@ -6,12 +6,13 @@ only the first runs the pipeline; the others wait for what it calls, and do thei
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,13 +20,14 @@ import psutil
 import torch
 
 from svend.errors import RankLost, UserError, one_line
-from svend.training.parallel import Ranks
+from svend.training.parallel import Ranks, give_up, has_given_up, is_about_a_connection
 
 P = ParamSpec("P")
 M = TypeVar("M")
 T = TypeVar("T")
 # For the death of another process to show, once it has broken a connection.
 LOST_SECONDS = 5.0
+READY = "ready"
 UNKNOWN = "a process of the run does not answer"
 
 
@@ -64,33 +66,61 @@ class Crew:
         where a process has died.
         """
         self.tell((operation, args, kwargs))
-        try:
+        with self.together():
             return operation(member, *args, **kwargs)
-        except UserError:
-            raise
-        except RuntimeError as error:
-            if self.size == 1:
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Name the process that has died, where something that all do ends because of it.
+
+        However it ends before its end, the others may be waiting in the middle of it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1:
+                give_up()
+            if self.size == 1 or not (isinstance(error, RankLost) or is_about_a_connection(error)):
                 raise
-            lost = self._find_lost()
-            if lost is None and not _is_about_a_connection(error):
-                raise
-            raise RankLost(lost or f"{UNKNOWN} ({one_line(error)[:160]})") from error
+            told = str(error) if isinstance(error, RankLost) else f"{UNKNOWN} ({_short(error)})"
+            raise RankLost(self._find_lost() or told) from error
 
     def tell(self, order: Any) -> None:
         """Send the others an order; raises RankLost where one has died."""
-        if self.size == 1:
-            return
-        try:
-            _broadcast(order, self.ranks)
-        except RuntimeError as error:
-            raise RankLost(self._find_lost() or UNKNOWN) from error
+        if self.size > 1:
+            with self.together():
+                _broadcast(order, self.ranks)
 
     def hear(self) -> Any:
         """Wait for an order of the first process."""
         try:
             return _broadcast(None, self.ranks)
         except RuntimeError as error:
-            raise RankLost(f"rank 0 does not answer ({one_line(error)[:120]})") from error
+            give_up()
+            raise RankLost(f"rank 0 does not answer ({_short(error)})") from error
+
+    def answer(self, question: str, reason: str | None) -> None:
+        """Tell the first process that this one is ready, or why it is not."""
+        assert self.ranks.store is not None
+        self.ranks.store.set(f"{question}/{self.ranks.rank}", reason or READY)
+
+    def hear_answers(self, question: str) -> None:
+        """Wait, as long as it takes, until every other process is ready.
+
+        Raises UserError where one says why it is not, RankLost where one has died.
+        """
+        store = self.ranks.store
+        if store is None:
+            return
+        for rank in range(1, self.size):
+            while not store.check([f"{question}/{rank}"]):
+                if lost := self._look_for_lost():
+                    give_up()
+                    raise RankLost(lost)
+                time.sleep(0.1)
+            reason = store.get(f"{question}/{rank}").decode()
+            if reason != READY:
+                raise UserError(f"rank {rank}: {reason}")
 
     def follow(self, member: Any) -> Any:
         """Do what the first process calls until it ends the run; return how it ended."""
@@ -103,7 +133,7 @@ class Crew:
 
     def dismiss(self, outcome: Any) -> None:
         """Tell the others how the run ended, as far as they can still hear it."""
-        if self.size > 1 and not self._dismissed:
+        if self.size > 1 and not (self._dismissed or has_given_up()):
             self._dismissed = True
             try:
                 self.tell(Dismissal(outcome))
@@ -116,22 +146,25 @@ class Crew:
             self.ranks.store.set(f"reason/{self.ranks.rank}", reason)
 
     def _find_lost(self) -> str | None:
-        """Say which process has ended, and why if it said so; None if all are there."""
-        store, deadline = self.ranks.store, time.monotonic() + LOST_SECONDS
-        if store is None or self.size == 1:
-            return None
-        here = socket.gethostname()
-        while True:
-            for rank in range(1, self.size):
-                process, _, host = store.get(f"process/{rank}").decode().partition(" ")
-                who = f"rank {rank} (process {process} on {host})"
-                if store.check([f"reason/{rank}"]):
-                    return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
-                if host == here and (trouble := _trouble_of(int(process))):
-                    return f"{who} {trouble}"
-            if time.monotonic() > deadline:
-                return None
+        """Wait a little for the death of a process to show; see `_look_for_lost`."""
+        deadline = time.monotonic() + LOST_SECONDS
+        while (lost := self._look_for_lost()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        return lost
+
+    def _look_for_lost(self) -> str | None:
+        """Say which process has ended, and why if it said so; None if all are there."""
+        store, here = self.ranks.store, socket.gethostname()
+        for rank in range(1, self.size):
+            if store is None or not store.check([f"process/{rank}"]):
+                continue
+            process, _, host = store.get(f"process/{rank}").decode().partition(" ")
+            who = f"rank {rank} (process {process} on {host})"
+            if store.check([f"reason/{rank}"]):
+                return f"{who} ended: {store.get(f'reason/{rank}').decode()}"
+            if host == here and (trouble := _trouble_of(int(process))):
+                return f"{who} {trouble}"
+        return None
 
 
 def stay_for_orders() -> None:
@@ -151,11 +184,8 @@ def _trouble_of(process: int) -> str | None:
     return "died" if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else None
 
 
-def _is_about_a_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed, for a process did not answer or its connection broke."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+def _short(error: BaseException) -> str:
+    return one_line(error)[:160]
 
 
 def _broadcast(order: Any, ranks: Ranks) -> Any:

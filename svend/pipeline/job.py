@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -29,13 +30,7 @@ from svend.models.config import BaseShape
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import (
-    ModelConfig,
-    PipelineConfig,
-    Precision,
-    TrainingConfig,
-    WeightPrecision,
-)
+from svend.pipeline.config import ModelConfig, PipelineConfig, Precision, TrainingConfig
 from svend.pipeline.crew import Crew
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
@@ -68,6 +63,7 @@ from svend.ranks import Place
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH
 from svend.training.profiling import name_compiled_kernels
+from svend.training.state import TrainState
 
 FORCED_TAG = "svend.forced_resume"
 # What training waits for.
@@ -149,7 +145,7 @@ def prepare_job(
     config = replace(config, training=training)
     assert config.model is not None  # set by PipelineConfig.resolve
     shards = decide_shards(model_config, training, device, crew.ranks.place)
-    _check_means(training, device, crew.ranks.place, shards)
+    _check_means(config, device, crew.ranks.place, shards)
     memory = check_memory(model_config, training, device, crew.ranks.place, shards)
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
@@ -172,11 +168,11 @@ def prepare_job(
         start = _find_start(config.init_from, config, corpus, tracked)
     if plan.compile and training.profile:
         name_compiled_kernels()
-    assignment = Assignment(
-        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None
-    )
-    crew.tell(assignment)
-    state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
+    state = _assign(crew, Assignment(
+        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None,
+        secrets.token_hex(8),
+    ), sequences, model_factory, device)
+    weights = None if start is None else start.weights_for(state.model)
     # Measured by the first process while the others wait: together they are as many times as fast.
     plan = replace(
         plan, parameters=sum(p.numel() for p in state.model.parameters()),
@@ -197,12 +193,24 @@ def prepare_job(
         started_seconds=time.monotonic(), carried=carried,
     )
     tracked.set_tags({"svend.processes": job.sharing or "1"})
-    if start is not None:
-        job.start = start.weights_for(state.model)
-        take_start(job)
+    if weights is not None:
+        job.start = weights
+        with crew.together():
+            take_start(job)
     if resumed:
         _go_on(job, as_written, console)
     return job
+
+
+def _assign(
+    crew: Crew, assignment: Assignment, sequences: PackedSequences,
+    model_factory: ModelFactory | None, device: torch.device,
+) -> TrainState:
+    """Tell the other processes of the run, and build with them the state before step 1."""
+    crew.tell(assignment)
+    crew.hear_answers(assignment.question)
+    with crew.together():
+        return build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
 
 
 def _find_start(
@@ -228,9 +236,10 @@ def _begin_folder(
 
 
 def _check_means(
-    training: TrainingConfig, device: torch.device, place: Place, shards: int
+    config: PipelineConfig, device: torch.device, place: Place, shards: int
 ) -> None:
     """Raise UserError for what the device cannot do, or the processes of the run cannot share."""
+    training = config.training
     check_precision(training.precision, device)
     if training.float8:
         check_float8(training.precision, device)
@@ -243,10 +252,15 @@ def _check_means(
         )
     if shards == 1:
         return
+    if config.checkpoint_cache_dir or is_on_google_drive(Path(config.checkpoint_dir).expanduser()):
+        raise ConfigError(
+            f"checkpoint_dir = {config.checkpoint_dir}: {shards} processes write their parts of a "
+            "checkpoint straight into it; choose a folder that all see, without "
+            "checkpoint_cache_dir, or set training.parallel=ddp"
+        )
     for key, refused, instead in (
         ("precision", training.precision is Precision.FP16, "bf16 or fp32"),
         ("float8", training.float8, "false"),
-        ("weight_precision", training.weight_precision is not WeightPrecision.FP32, "fp32"),
     ):
         if refused:
             value = getattr(training, key)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from svend.data.corpus import build_corpus
+from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import DTYPES
-from svend.errors import DataError, one_line
+from svend.errors import DataError, UserError, one_line
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
 from svend.models.config import BaseShape, TransformerConfig
@@ -35,7 +35,8 @@ from svend.pipeline.sharded_files import PartialSave, size_of
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps
-from svend.training.parallel import Ranks, shard_mesh, shard_model
+from svend.training.low_memory import prepare_weights
+from svend.training.parallel import Ranks, give_up, shard_mesh, shard_model
 from svend.training.schedules import learning_rate_factor
 from svend.training.state import TrainState, build_state
 
@@ -52,6 +53,7 @@ class Assignment:
     """What the first process tells the others of a run before its first step.
 
     The config as it was resolved on the first's machine. starts: whether weights come from it.
+    question: under which they answer that they are ready.
     """
 
     config: PipelineConfig
@@ -60,6 +62,7 @@ class Assignment:
     compiled: bool
     sharded: bool
     starts: bool
+    question: str
 
 
 @dataclass(kw_only=True)
@@ -136,6 +139,7 @@ def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: C
         if isinstance(told, Assignment):
             return crew.follow(_join_run(told, model_factory, device, crew))
     except Exception as error:
+        give_up()
         crew.leave_note(f"{type(error).__name__}: {one_line(error)[:200]}")
         raise
     assert isinstance(told, Dismissal)
@@ -145,18 +149,13 @@ def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: C
 def _join_run(
     assignment: Assignment, model_factory: ModelFactory | None, device: torch.device, crew: Crew
 ) -> Replica:
-    config = assignment.config
-    assert config.model is not None  # set by PipelineConfig.resolve
-    training = config.training
-    corpus = build_corpus(
-        training.data, config.model.vocab_size, training.data_seed, lambda _: None,
-        evaluation_sets(config),
-    )
-    if corpus.fingerprint != assignment.data_fingerprint:
-        raise DataError(
-            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
-            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
-        )
+    config, training = assignment.config, assignment.config.training
+    try:
+        corpus = _same_corpus(assignment)
+    except UserError as error:
+        crew.answer(assignment.question, one_line(error))
+        raise
+    crew.answer(assignment.question, None)
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
     state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
@@ -167,6 +166,22 @@ def _join_run(
     if assignment.starts:
         take_start(replica)
     return replica
+
+
+def _same_corpus(assignment: Assignment) -> Corpus:
+    """Return the data as they are here; raises DataError where they are others."""
+    config, data = assignment.config, assignment.config.training.data
+    assert config.model is not None  # set by PipelineConfig.resolve
+    corpus = build_corpus(
+        data, config.model.vocab_size, config.training.data_seed, lambda _: None,
+        evaluation_sets(config),
+    )
+    if corpus.fingerprint != assignment.data_fingerprint:
+        raise DataError(
+            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
+            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
+        )
+    return corpus
 
 
 def build_model(
@@ -194,6 +209,7 @@ def build_model(
         if training.float8:
             compute_in_float8(model.blocks)
     if mesh is not None:
+        prepare_weights(model, training)  # what is sharded keeps its precision
         shard_model(model, mesh, training)
     if model_factory is None:
         assert isinstance(model, ReasoningTransformer)
@@ -226,13 +242,14 @@ def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, look
 def stage_steps(
     replica: Replica, last_step: int, *, decays_to: int | None = None, looks: bool = False
 ) -> Iterator[StepMetrics]:
-    """Yield the steps up to the last, which all processes take; called by the first alone."""
+    """Yield the steps up to the last, which all processes take; called by the first alone.
+
+    Whoever leaves before the last, and goes on with the run, is to have all call `end_stage`.
+    """
     replica.call(begin_stage, last_step, decays_to, looks=looks)
-    try:
-        while (metrics := replica.call(next_step)) is not None:
-            yield metrics
-    finally:
-        replica.call(end_stage)
+    while (metrics := replica.call(next_step)) is not None:
+        yield metrics
+    replica.call(end_stage)
 
 
 def next_step(replica: Replica) -> StepMetrics | None:
@@ -258,6 +275,7 @@ def measure_heldout(replica: Replica) -> HeldoutLoss:
         replica.state.model, (replica.heldout.batch(number, 1) for number in numbers),
         training.precision, replica.device,
     )
+    shards.reshard(replica.state.model)
     if ranks.size > 1:
         import torch.distributed as dist
 

@@ -661,7 +661,7 @@ class ScaleRunner:
         if saving is None:
             return
         begun, started_seconds = saving.checkpoint_id, time.perf_counter()
-        with job.spending("saving"):
+        with job.spending("saving"), job.crew.together():
             checkpoint_id = begun if isinstance(begun, str) else begun.result()
             checkpoint = next(
                 c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id

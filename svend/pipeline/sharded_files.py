@@ -7,6 +7,7 @@ sharded tensor belongs. Any number of processes can read it, one alone too.
 from __future__ import annotations
 
 import pickle
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svend.errors import CheckpointError, one_line
+from svend.errors import CheckpointError, RankLost, one_line
 from svend.models.shards import is_sharded
 from svend.pipeline.checkpoint_files import (
     LAYOUT,
@@ -31,12 +32,14 @@ from svend.pipeline.checkpoint_files import (
     write_state,
 )
 from svend.pipeline.state_files import read_state
-from svend.training.parallel import Ranks
+from svend.training.parallel import Ranks, is_about_a_connection
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata
 
+# For what another machine wrote to be seen here.
+ARRIVAL_SECONDS = 20.0
 PARTED = ("model", "optimizer")
 PART = "part"  # in a layout, the key of what stands for a sharded tensor
 # What the index of the parts may name: data alone.
@@ -72,20 +75,72 @@ class PartialSave:
         self._saved = saved
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """Wait for the parts; return, in the process that leads, hash and size of each file."""
+        """Wait for the parts; return, in the process that leads, hash and size of each file.
+
+        Raises OSError where a process could not write, CheckpointError where a part is missing,
+        RankLost where a process does not answer.
+        """
         import torch.distributed as dist
 
-        self._saved.result()
+        try:
+            self._saved.result()
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            raise self._told(error) from error
         own = sorted(self._folder.glob(f"__{self._ranks.rank}_*{PART_SUFFIX}"))
-        entries = {path.name: hash_file(path) for path in own}
+        entries: dict[str, dict[str, Any]] | str
+        try:
+            entries = {path.name: hash_file(path) for path in own}
+        except OSError as error:
+            entries = f"rank {self._ranks.rank}: {error}"  # the others wait for an answer
         leads = self._ranks.place.leads
-        gathered: list[dict[str, Any] | None] = [None] * self._ranks.size
-        dist.gather_object(entries, gathered if leads else None, group=self._ranks.saving)
+        gathered: list[Any] = [None] * self._ranks.size
+        try:
+            dist.gather_object(entries, gathered if leads else None, group=self._ranks.saving)
+        except RuntimeError as error:
+            raise self._told(error) from error
         if not leads:
             return {}
+        files: dict[str, dict[str, Any]] = {}
+        for of_rank in gathered:
+            if isinstance(of_rank, str):
+                raise CheckpointError(f"{self._folder}: {of_rank}")
+            files |= of_rank
+        self._require_here(files)
         flush_folder(self._folder)
-        files = {name: entry for of_rank in gathered for name, entry in (of_rank or {}).items()}
         return {**files, PARTS_INDEX: hash_file(self._folder / PARTS_INDEX)}
+
+    def _require_here(self, files: Mapping[str, dict[str, Any]]) -> None:
+        """Wait for what other machines wrote to be seen here; raise CheckpointError if it is not.
+        """
+        deadline = time.monotonic() + ARRIVAL_SECONDS
+        for name, entry in files.items():
+            path = self._folder / name
+            while not path.is_file() or path.stat().st_size != entry["bytes"]:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{path}: was written by another machine and is not here; choose a "
+                        "checkpoint_dir that all machines see"
+                    )
+                time.sleep(0.2)
+                list(self._folder.iterdir())  # has a network file system look anew
+
+    def _told(self, error: BaseException) -> BaseException:
+        """Return what an error means: torch wraps those of each process."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        causes = [error]
+        if isinstance(error, CheckpointException):
+            causes = [cause for cause, _ in error.failures.values()]
+        if any(is_about_a_connection(cause) for cause in causes):
+            return RankLost(f"a process did not answer while {self._folder.name} was written")
+        for cause in causes:
+            if isinstance(cause, OSError):
+                return OSError(cause.errno, cause.strerror, cause.filename)
+        if isinstance(error, CheckpointException):
+            return CheckpointError(
+                f"{self._folder}: cannot be written ({one_line(causes[0])[:200]})"
+            )
+        return error
 
     def result_in(self, background: ThreadPoolExecutor) -> Future[dict[str, dict[str, Any]]]:
         """Have `result` waited for in a thread, where nobody needs what it returns."""
@@ -107,6 +162,7 @@ def read_parts(folder: Path, name: str, own: Any, like: Tensor | None) -> Any:
     own: the state as it is, whose sharded tensors are read into where they are. like: a tensor that
     is laid out as the others are to be; None for whole ones.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -129,18 +185,22 @@ def read_parts(folder: Path, name: str, own: Any, like: Tensor | None) -> Any:
             # That it reads without a word to other processes is what it was asked for.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(targets, storage_reader=reader, no_dist=True)
-    except Exception as error:  # noqa: BLE001 - made-up parts raise whatever torch did not foresee
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - of made-up parts, whatever
         raise CheckpointError(f"{folder}: cannot be loaded ({one_line(error)[:200]})") from None
     return _joined(layout[name], targets)
 
 
-def read_state_of(checkpoint: Checkpoint, name: str, own: Any, like: Tensor | None) -> Any:
+def read_state_of(
+    checkpoint: Checkpoint, name: str, own: Any, like: Tensor | None, *, on_cuda: bool
+) -> Any:
     """Return the state that a checkpoint holds of a part, such as the model; see `read_parts`.
 
     Whichever way it was saved, it comes back whole, or cut as `like` is.
     """
     if f"{name}.pt" in checkpoint.files:
-        state = read_state(checkpoint.path / f"{name}.pt", mapped=like is not None)
+        # Several processes of a machine would each read the whole into memory.
+        mapped = like is not None or on_cuda
+        state = read_state(checkpoint.path / f"{name}.pt", mapped=mapped)
         return state if like is None else lay_out(state, like)
     if checkpoint.in_parts and name in PARTED:
         return read_parts(checkpoint.path, name, own, like)

@@ -18,7 +18,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     held = [local(gradient) for gradient in gradients]
     on_cpu = all(gradient.device.type == "cpu" for gradient in held)
-    norm = _norm_on_cpu(held) if on_cpu else torch.nn.utils.get_total_norm(held)
+    norm = _norm_on_cpu(held) if on_cpu else norm_in_fp32(held)
     if gradients:
         norm = norm_over_shards(norm, gradients[0])
     # On CPU, where to look costs nothing, gradients that are not scaled are not touched.
@@ -32,3 +32,10 @@ def _norm_on_cpu(gradients: list[Tensor]) -> Tensor:
     """Return the norm from dot products, which take all cores; torch's own norm takes one."""
     flat = [gradient.flatten().float() for gradient in gradients]
     return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
+
+
+def norm_in_fp32(gradients: list[Tensor]) -> Tensor:
+    """Return the norm as torch.nn.utils.get_total_norm does, which rounds that of bf16 to bf16."""
+    norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm

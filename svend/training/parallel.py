@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from svend import cuda
-from svend.errors import ConfigError, ResourceError
+from svend.errors import ConfigError, ResourceError, one_line
 from svend.models.shards import SHARD
+from svend.models.transformer import RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
-from svend.ranks import Place
+from svend.ranks import Place, set_rendezvous
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -74,6 +76,30 @@ class Ranks:
 
 
 _joined: Ranks | None = None
+_given_up = False
+
+
+def give_up() -> None:
+    """Take it that the processes are not where they should be: nothing is ended in good order.
+
+    To part from others that wait in the middle of something would be to wait for them.
+    """
+    global _given_up  # noqa: PLW0603
+    _given_up = True
+
+
+def has_given_up() -> bool:
+    """Whether this process is to end at once, once it has said why."""
+    return _given_up
+
+
+def is_about_a_connection(error: BaseException) -> bool:
+    """Whether a collective failed, for a process did not answer or its connection broke."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ranks:
@@ -89,23 +115,36 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
         from torch.distributed.rendezvous import rendezvous
 
-        meeting, _, _ = next(rendezvous("env://"))
+        set_rendezvous()
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            meeting, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(
+                f"the other processes are not found at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} ({one_line(error)[:160]}); start as many "
+                f"processes as WORLD_SIZE says, {place.size}, and let them reach the first"
+            ) from error
         store = PrefixStore("svend", meeting)
         on_cuda = device.type == "cuda"
         if on_cuda:
-            if place.local_size > cuda.device_count():
+            # Of one that Slurm has bound to a device, that is the only one it sees.
+            index = place.local_rank if cuda.device_count() > 1 else 0
+            if index >= cuda.device_count():
                 raise ResourceError(
                     f"{place.local_size} processes on a machine with {cuda.device_count()} "
                     "CUDA devices: start one per device"
                 )
-            cuda.use_device(place.local_rank)
+            cuda.use_device(index)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo", store=store, rank=place.rank,
-            world_size=place.size, timeout=timedelta(seconds=timeout_seconds),
-            device_id=torch.device("cuda", place.local_rank) if on_cuda else None,
+            world_size=place.size, timeout=timeout,
+            device_id=torch.device("cuda", index) if on_cuda else None,
         )
+        # An order is not sent before it is listened for: the first waits as for any answer.
         _joined = Ranks(
-            place, store, dist.new_group(backend="gloo", timeout=PATIENCE),
+            place, store,
+            dist.new_group(backend="gloo", timeout=timeout if place.leads else PATIENCE),
             dist.new_group(
                 backend="gloo", timeout=timedelta(seconds=SAVING_SLACK * timeout_seconds)
             ),
@@ -117,7 +156,7 @@ def join_ranks(place: Place, device: torch.device, timeout_seconds: float) -> Ra
 def leave_ranks() -> None:
     """Part from the other processes, at the end of this one."""
     global _joined  # noqa: PLW0603
-    if _joined is not None:
+    if _joined is not None and not _given_up:
         import torch.distributed as dist
 
         _joined = None
@@ -148,26 +187,31 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
     """Have each process hold a part of every weight, its gradient and its moments.
 
     Block by block the weights are gathered, in bf16 where that is the precision, for the forward
-    and the backward pass; gradients are summed in fp32. Embedding, final norm and head stay whole
-    through a step.
+    and the backward pass; gradients are summed in fp32. Embedding and head stay whole through a
+    step. Gains stay in fp32, in groups of their own: a group has one precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if training.precision is Precision.BF16 else None,
-        reduce_dtype=torch.float32, cast_forward_inputs=False,
+    low = torch.bfloat16 if training.precision is Precision.BF16 else None
+    matrices = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    gains = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for norm in [part for part in model.modules() if isinstance(part, RMSNorm)]:
+        fully_shard(norm, mesh=mesh, mp_policy=gains)
     for blocks in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=matrices)
+    fully_shard(model, mesh=mesh, mp_policy=matrices)
 
 
-def replicate_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return what to call for a forward pass, after whose backward pass gradients are means."""
-    ids = [device.index or cuda.used_device()] if device.type == "cuda" else None
+def replicate_model(model: nn.Module) -> nn.Module:
+    """Return what to call for a forward pass, after whose backward pass gradients are means.
+
+    Without device_ids, which would have document numbers moved to the device.
+    """
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 

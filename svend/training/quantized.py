@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchao.optim import AdamW4bit, AdamW8bit
 from torchao.optim.adam import single_param_adam
 
+from svend import cuda
 from svend.errors import ConfigError
 from svend.models.shards import is_sharded, local
 from svend.training.low_memory import LowMemoryAdamW
@@ -108,7 +109,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Have torch draw on the device from a seed, and go on afterwards as if nothing was drawn."""
     generator = torch.default_generator
     if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
+        generator = cuda.default_generator(device)
     before = generator.get_state()
     generator.manual_seed(seed)
     try:

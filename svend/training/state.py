@@ -124,7 +124,7 @@ def build_state(
     model.to(device)
     prepare_weights(model, training)
     replicated = ranks.size > 1 and not any(map(is_sharded, model.parameters()))
-    forward = replicate_model(model, device) if replicated else model
+    forward = replicate_model(model) if replicated else model
     optimizer = build_optimizer(model, training)
     factor = partial(learning_rate_factor, total_steps=total_steps, training=training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step))

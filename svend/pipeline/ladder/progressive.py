@@ -13,6 +13,7 @@ from svend.pipeline.ladder.options import ORDER, common_data, default_ladder, ma
 from svend.pipeline.ladder.standing import ladder_folder
 from svend.pipeline.run_folder import folder_name
 from svend.pipeline.runner import PipelineResult, ScaleRunner
+from svend.ranks import require_alone
 
 
 class PipelineRunner(ScaleRunner):
@@ -34,6 +35,7 @@ class PipelineRunner(ScaleRunner):
         documents are as many as the largest rung wants. Raises ConfigError if the scales are in the
         wrong order or the config fixes one model for all.
         """
+        require_alone("run_progressive runs in one process (svend ladder --nproc N in several)")
         if self.config.model is not None:
             raise ConfigError("model is set: a ladder takes each scale's own; leave it None")
         ladder = default_ladder(start_scale, end_scale)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from svend.errors import ConfigError, UserError
 from svend.pipeline.groups import group_members
 from svend.pipeline.sweep.options import load_sweep
+from svend.ranks import require_alone
 
 HELP = """\
 any key of the configuration can be searched, and any be set for all trials:
@@ -53,6 +54,7 @@ def run(
     arguments: the command line behind `sweep`, with which workers are started too. Raises
     UserError for what the user can mend, Interrupted after a signal.
     """
+    require_alone("a sweep starts its workers itself, each trial in one process")
     if known.dry_run not in ("true", "false"):
         raise ConfigError(f"dry_run = {known.dry_run}: must be true or false")
     short = [(f"sweep.{name}", getattr(known, name)) for name in ("trials", "workers")
