@@ -131,7 +131,8 @@ def test_the_standard_parametrisation_carries_to_no_other_shape() -> None:
 def test_another_parametrisation_or_optimizer_than_it_was_found_with_is_refused() -> None:
     for key, value in (("training.optimizer", "muon"), ("training.base_width", "128")):
         with pytest.raises(ConfigError, match=f"{key} = {value}: the hyperparameters were found"):
-            carry(found(), config_of(found(), (key, value)), STEPS)
+            carry(found(), config_of(
+                found(), (key, value), ("training.moment_precision", "fp32")), STEPS)
 
 
 def test_values_that_are_nowhere_in_the_config_are_not_silently_left_out() -> None:

@@ -189,7 +189,7 @@ def test_mlflow_run_starts_the_processes_of_one_run(workplace: Workplace) -> Non
 @pytest.mark.parametrize(("options", "told"), [
     (("--nproc", "0"), "nproc = 0: must be a whole number of at least 1"),
     (("--nproc", "two"), "nproc = two: must be a whole number of at least 1"),
-    (("--nproc", "2", "--training.batch_size", "no"), "training.batch_size = no"),
+    (("--nproc", "2", "--training.batch_size", "no"), "training.batch_size: Value"),
 ])
 def test_a_wrong_number_of_processes_is_refused_before_any_starts(
     capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str

@@ -12,6 +12,7 @@ from torch import nn
 
 from svend.errors import ConfigError
 from svend.evaluation.measurement import proportion
+from svend.models.shards import count_nonfinite
 from svend.pipeline.config import GatesConfig, load_config
 from svend.pipeline.validation import (
     Decision,
@@ -22,7 +23,6 @@ from svend.pipeline.validation import (
     PipelineValidator,
     ValidationGate,
     ValidationResult,
-    count_nonfinite_parameters,
 )
 
 GUIDE = {
@@ -206,7 +206,7 @@ def test_one_planted_nonfinite_weight_fails_quick(position: int, planted: float)
         parameter.view(-1)[index] = planted
     verdict = validator.validate_quick(model, loss=1.0, step=1)
     assert verdict.failures == ["no_nan: 1, must be nonfinite_parameters == 0"]
-    assert count_nonfinite_parameters(model) == 1
+    assert count_nonfinite(model) == 1
 
 
 @pytest.mark.parametrize(("loss", "passed"), [

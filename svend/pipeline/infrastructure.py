@@ -270,6 +270,7 @@ class _OneBatch(BatchStream):
     def __next__(self) -> Batch:
         if self._batch is None:
             self._batch = super().__next__()
+            self.load_state_dict({"next_sequence": 0})
         return self._batch
 
 
