@@ -272,7 +272,8 @@ def _state_of_scale(
         model.checkpoint_blocks(training.gradient_checkpointing_policy)
     length = training.data.max_seq_length
     assert length is not None  # set by PipelineConfig.resolve
-    stream = BatchStream(_sequences(model_config.vocab_size, length, ROWS), training.batch_size)
+    sequences = _sequences(model_config.vocab_size, length, ROWS)
+    stream = BatchStream(sequences, training.batch_size, training.gradient_accumulation_steps)
     return build_state(model, stream, training, 2**31, device)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from svend.bench.memory_check import MemoryCheck
+from svend.device import multiplies_in_bf16
 from svend.errors import UserError, one_line
 from svend.pipeline.config import (
     CheckpointingPolicy,
@@ -71,7 +72,7 @@ class Combination:
                 f"{self.micro_batches} a step")
 
 
-# Short ones: a process takes a minute. bf16 is slow on a CPU without instructions for it.
+# Short ones: a process takes a minute.
 COMBINATIONS = (
     Combination("tiny", 1, 512),
     Combination("tiny", 1, 1024, micro_batches=1),
@@ -92,6 +93,9 @@ def measure_peaks(report: Callable[[str], None]) -> Iterator[tuple[MemoryCheck, 
     Yields predicted and measured peak of the first, planned and measured peak of the second.
     """
     for combination in COMBINATIONS:
+        if combination.precision == "bf16" and not multiplies_in_bf16():
+            report(f"{combination}: left out, for this CPU has no products in bf16")
+            continue
         with ThreadPoolExecutor() as at_once:
             tensors, run = at_once.map(partial(measure_peak, combination), Freed)
         report(f"{combination}: {tensors.real_bytes / 1e9:.3f} GB, in a run "
