@@ -233,6 +233,7 @@ def test_a_part_that_raises_fails_in_one_line_and_keeps_its_figures() -> None:
     assert [figure.value for figure in outcome.figures] == [2.0]
 
 
+@pytest.mark.slow
 def test_a_part_that_dies_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

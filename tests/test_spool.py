@@ -330,6 +330,7 @@ sys.exit(len(unsent))
 """
 
 
+@pytest.mark.slow
 def test_runs_at_once_on_one_sqlite_file_lose_and_double_nothing(
     tmp_path: Path, tracking_uri: str
 ) -> None:

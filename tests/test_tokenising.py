@@ -89,6 +89,7 @@ def test_a_killed_tokenisation_goes_on_after_its_last_whole_shard(tmp_path: Path
     assert again.splitlines()[-1] == whole.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_the_same_make_it_once(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.jsonl", many_questions(20_000))
     both = [start_build(tmp_path / "cache", path) for _ in range(2)]

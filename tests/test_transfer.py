@@ -132,6 +132,7 @@ def test_results_are_read_back_and_those_of_another_setting_refused(tmp_path: Pa
         read_results(file, SETTING)
 
 
+@pytest.mark.slow
 def test_the_command_runs_only_what_is_not_in_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
