@@ -28,6 +28,7 @@ EXTRA_IN_ALL = "extra_state.pt"
 
 SHRINK = """
 from torch import nn
+from svend.pipeline.config import MomentPrecision, WeightPrecision
 from svend.pipeline.config import create_quick_test_config as _quick
 
 def shrink(config, ladder=False):
@@ -37,6 +38,9 @@ def shrink(config, ladder=False):
     training.learning_rate = small.training.learning_rate
     training.max_steps = min(training.max_steps or 40, 40)
     training.batch_size, training.gradient_accumulation_steps = 8, 1
+    # XXL's recipe for one card multiplies in bf16, which not every CPU does.
+    training.weight_precision = WeightPrecision.FP32
+    training.moment_precision = MomentPrecision.FP32
     training.heldout_sequences = 4
     training.save_steps = 40
     training.data.max_seq_length, training.data.num_samples = 64, 200
