@@ -301,9 +301,10 @@ def test_parts_are_verified_and_put_together_and_run_no_code(tmp_path: Path) -> 
           pytest.raises(CheckpointError, match="no intact checkpoint")):
         manager.find_latest()
     marker = tmp_path / "ran"
-    index.write_bytes(pickle.dumps(Exploit(marker)))
-    with pytest.raises(CheckpointError, match=r"\.metadata: cannot be loaded .*run code"):
-        read_parts(checkpoint.path, "model", {}, None)
+    for planted in (Exploit(marker), Attribute()):
+        index.write_bytes(pickle.dumps(planted))
+        with pytest.raises(CheckpointError, match=r"\.metadata: cannot be loaded .*run code"):
+            read_parts(checkpoint.path, "model", {}, None)
     assert not marker.exists()
 
 
@@ -315,6 +316,13 @@ class Exploit:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.marker,))
+
+
+class Attribute:
+    """Takes an attribute of a class that the index may name."""
+
+    def __reduce__(self) -> Any:
+        return (getattr, (torch.Size, "__class__"))
 
 
 def hold_out(ranks: Ranks) -> list[HeldoutLoss]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -288,7 +289,16 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in INDEX_GLOBALS or is_dtype:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # by which Python 3.11.2 pickles a member of an enumeration
         raise pickle.UnpicklingError(f"names {module}.{name}, which could run code")
+
+
+def _member(enumeration: Any, name: str) -> Any:
+    """Return a member of an enumeration, and no attribute of anything else."""
+    if isinstance(enumeration, type) and issubclass(enumeration, Enum):
+        return enumeration[name]
+    raise pickle.UnpicklingError("takes an attribute, which could run code")
 
 
 def _open_index(folder: Path) -> tuple[FileSystemReader, Metadata]:
