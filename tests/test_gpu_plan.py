@@ -34,7 +34,7 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.runner import ScaleRunner
 from svend.planning.gpu_plan import GPU_COUNTS, plan_on_gpus
-from svend.planning.gpus import GPUS
+from svend.planning.gpus import GPUS, bf16_peak_of
 from svend.planning.memory import predict_memory
 from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.planning.search import RECIPES, Room, find_cheapest, find_nearest
@@ -312,3 +312,11 @@ def test_a_run_that_runs_out_of_memory_all_the_same_ends_with_plan_and_remedy(
     assert len(line.splitlines()) == 1
     for text in ("out of memory on cpu", "were held at most", "planned were", "activations"):
         assert text in line
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce GTX 1080", None),
+])
+def test_a_card_is_known_by_what_cuda_calls_it(name: str, peak: float | None) -> None:
+    assert bf16_peak_of(name) == peak

@@ -34,6 +34,7 @@ from svend.models.loss import summed_linear_cross_entropy
 from svend.models.parametrisation import scaling_rules
 from svend.models.transformer import Block, rotary_tables
 from svend.pipeline.config import Precision
+from svend.planning.gpus import bf16_peak_of
 from svend.planning.probe import measure_matmul_peak
 
 # Errors are the norm of the difference over the norm of the reference.
@@ -47,20 +48,13 @@ ATTENTION_KERNELS = {
     "cpu": ("attend_blockwise$", "attend_blockwise_backward$"),
 }
 REFERENCE_TOKENS = 4096  # the reference's logits are held whole, in fp32
-# Dense bf16 products by the data sheets, in FLOP/s; the first name that the card's contains.
-NOMINAL_PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A10": 125e12, "L4": 121e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
 
 
 def nominal_peak(device: torch.device) -> float | None:
     """Return what the card's data sheet promises of bf16 products; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = cuda.device_name(device)
-    return next((peak for part, peak in NOMINAL_PEAKS.items() if part in name), None)
+    return bf16_peak_of(cuda.device_name(device))
 
 
 def check_device(
