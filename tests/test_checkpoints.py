@@ -426,8 +426,11 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints_only(
     for step in (1, 2):
         first.save(nn.Linear(64, 64), step=step, metrics={"loss": float(step)},
                    extra_state={"mark": -1})
-    marks = []
-    for _ in range(12):
+    marks: list[int] = []
+    kills = 0
+    # On a busy machine more of them come before the first save is whole.
+    while kills < 12 or (kills < 60 and len(set(marks)) <= 4):
+        kills += 1
         saver(random.uniform(0.02, 0.15))
         manager = CheckpointManager(tmp_path / "run", save_total_limit=2)
         assert _names(tmp_path / "run") == ["step_00000001", "step_00000002"]
