@@ -33,6 +33,7 @@ from svend.pipeline.config import (
     Precision,
     TrainingConfig,
     WeightPrecision,
+    load_config,
 )
 from svend.pipeline.crew import Crew
 from svend.pipeline.ladder.progressive import PipelineRunner
@@ -46,6 +47,7 @@ from svend.pipeline.replica import (
 )
 from svend.pipeline.sharded_files import read_parts
 from svend.pipeline.state_files import read_state
+from svend.planning.plan import decide_shards
 from svend.ranks import Place, find_place
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
@@ -450,3 +452,22 @@ def test_a_sweep_and_a_progressive_run_want_a_process_of_their_own(
     assert "this is one of 2; start it without torchrun or srun" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="svend ladder --nproc N"):
         PipelineRunner(PipelineConfig()).run_progressive()
+
+
+@pytest.mark.parametrize(("parallel", "size", "expected"), [
+    (Parallel.FSDP, 1, 1), (Parallel.FSDP, 8, 4), (Parallel.DDP, 8, 1), (Parallel.AUTO, 8, 1),
+])
+def test_weights_are_divided_where_there_are_processes_to_divide_them(
+    parallel: Parallel, size: int, expected: int
+) -> None:
+    config = load_config({}, [("training.parallel", parallel.value),
+                              ("training.shard_processes", "4"), ("data.max_seq_length", "64")])
+    assert config.model is not None
+    assert decide_shards(config.model, config.training, CPU, Place(0, size)) == expected
+
+
+def test_groups_that_do_not_come_out_even_are_refused() -> None:
+    config = load_config({}, [("training.parallel", "fsdp"), ("training.shard_processes", "4")])
+    assert config.model is not None
+    with pytest.raises(ConfigError, match="shard_processes = 4: must divide the 6 processes"):
+        decide_shards(config.model, config.training, CPU, Place(0, 6))

@@ -615,8 +615,8 @@ def load_parts(
     """
     wanted = {name: part for name, part in parts.items() if part is not None}
     like, on_cuda = _sharded_tensor(wanted.get("model")), _is_on_cuda(wanted.get("model"))
-    # All are read before the first is changed; of parts that are read in place, only model and
-    # optimizer are not.
+    # All are read before the first is changed, but for a sharded model, which is read into its
+    # place: there is no room for it twice.
     states = {
         name: read_state_of(checkpoint, name, part.state_dict(), like, on_cuda=on_cuda)
         for name, part in wanted.items()

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from svend.device import available_bytes, can_compile, peak_bytes
-from svend.errors import ResourceError, one_line
+from svend.errors import ConfigError, ResourceError, one_line
 from svend.pipeline.config import Compile, ModelConfig, Parallel, TrainingConfig
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
@@ -86,10 +86,21 @@ def predict_memory_on(
 def decide_shards(
     model: ModelConfig, training: TrainingConfig, device: torch.device, place: Place
 ) -> int:
-    """Return among how many processes the weights are divided: 1 where each has them whole."""
+    """Return among how many processes the weights are divided: 1 where each has them whole.
+
+    One process has them whole, whatever is set: a run of many can go on alone. Raises ConfigError
+    where training.shard_processes does not divide the processes.
+    """
     shards = training.shard_processes or place.size
-    if place.size == 1 or training.parallel is not Parallel.AUTO:
-        return shards if training.parallel is Parallel.FSDP else 1
+    if place.size == 1 or training.parallel is Parallel.DDP:
+        return 1
+    if place.size % shards:
+        raise ConfigError(
+            f"training.shard_processes = {shards}: must divide the {place.size} processes of the "
+            "run"
+        )
+    if training.parallel is Parallel.FSDP:
+        return shards
     whole = predict_memory_on(model, training, device)
     return 1 if whole.total <= _share_of_memory(device, place) else shards
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svend import cuda
-from svend.errors import ConfigError, ResourceError, one_line
+from svend.errors import ResourceError, one_line
 from svend.models.shards import SHARD
 from svend.models.transformer import RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
@@ -171,11 +171,6 @@ def shard_mesh(ranks: Ranks, device: torch.device, shard_processes: int | None) 
     from torch.distributed.device_mesh import init_device_mesh
 
     shards = shard_processes or ranks.size
-    if ranks.size % shards:
-        raise ConfigError(
-            f"training.shard_processes = {shards}: must divide the {ranks.size} processes of the "
-            "run"
-        )
     if shards == ranks.size:
         return init_device_mesh(device.type, (shards,), mesh_dim_names=(SHARD,))
     return init_device_mesh(
