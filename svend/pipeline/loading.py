@@ -8,7 +8,8 @@ from typing import Any
 
 from svend.errors import ConfigError
 from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
-from svend.pipeline.options import DataConfig, PipelineConfig
+from svend.pipeline.options.data import DataConfig
+from svend.pipeline.options.pipeline import PipelineConfig
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to_tree
 
 # Where things lie, how much is kept and what is looked at: a resumed run, or a sweep's worker, may
