@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from svend.planning.plan import RunPlan, RunSize
 from svend.tracking.pages import is_local, run_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
+# A line per step and every verdict at DEBUG, under the name that users know.
+run_logger = logging.getLogger("svend.pipeline.runner")
 PLAIN_LINE_SECONDS = 10.0
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
