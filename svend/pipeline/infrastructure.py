@@ -26,7 +26,8 @@ from svend.device import (
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
 from svend.pipeline.benchmarking import evaluation_sets, read_questions
-from svend.pipeline.checkpoint_files import format_bytes, read_folder
+from svend.pipeline.checkpoint_files import format_bytes
+from svend.pipeline.checkpoint_metadata import read_folder
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
 from svend.planning.plan import check_memory, explain_out_of_memory, is_out_of_memory

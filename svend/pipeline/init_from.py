@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from svend.data.records import file_digest
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.errors import CheckpointError, ConfigError, one_line
-from svend.pipeline.checkpoint_files import MODEL, read_folder, verify
+from svend.pipeline.checkpoint_files import verify
+from svend.pipeline.checkpoint_metadata import MODEL, read_folder
 from svend.pipeline.config import Parametrisation, PipelineConfig
 from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.schema import read_yaml, to_tree

@@ -32,7 +32,7 @@ from svend.pipeline.benchmarking import Question, evaluation_sets, read_question
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.config import ModelConfig, PipelineConfig, Precision, TrainingConfig
 from svend.pipeline.crew import Crew
-from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
+from svend.pipeline.drive import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
     Carried,

@@ -27,8 +27,8 @@ from svend.models.float8 import compute_in_float8
 from svend.models.shards import is_sharded, whole
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluation_sets
-from svend.pipeline.checkpoint_files import read_metadata
-from svend.pipeline.checkpoints import load_parts
+from svend.pipeline.checkpoint_metadata import read_metadata
+from svend.pipeline.checkpoint_states import load_parts
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.crew import Crew, Dismissal
 from svend.pipeline.sharded_files import PartialSave, size_of

@@ -14,10 +14,11 @@ from typing import Any
 
 from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
-from svend.pipeline.folders import LOCK_FILE, FolderLock, write_whole
+from svend.pipeline.folder_lock import LOCK_FILE, FolderLock
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import MAY_CHANGE
 from svend.pipeline.schema import build, flatten, read_yaml, to_tree, to_yaml
+from svend.pipeline.whole_files import write_whole
 from svend.tracking.spool import ADDRESS, SPOOL
 
 RUN_FILE = "run.json"

@@ -26,7 +26,7 @@ from svend.pipeline.divergence import (
     find_good_checkpoint,
     go_back,
 )
-from svend.pipeline.drive_copier import mount_google_drive
+from svend.pipeline.drive import mount_google_drive
 from svend.pipeline.gatekeeper import STOPPING, Gatekeeper
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
