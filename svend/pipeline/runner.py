@@ -13,6 +13,7 @@ import psutil
 
 from svend.device import describe_device, keep_freed_memory, resolve_device, resolve_precision
 from svend.errors import Interrupted, RankLost, ResourceError, UserError
+from svend.pipeline.assignment import follow_run
 from svend.pipeline.branches import find_branch, follow_branch
 from svend.pipeline.checkpoints import DriveCheckpointManager
 from svend.pipeline.conclusion import conclude_run
@@ -30,14 +31,15 @@ from svend.pipeline.drive import mount_google_drive
 from svend.pipeline.gatekeeper import STOPPING, Gatekeeper
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
-from svend.pipeline.job import Job, planned_model, prepare_job
+from svend.pipeline.job import Job, prepare_job
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.outcome import Ending, PipelineResult
 from svend.pipeline.record import record_verdicts
-from svend.pipeline.replica import ModelFactory, build_model, follow_run, stage_steps
+from svend.pipeline.replica import stage_steps
 from svend.pipeline.report import TrainingProgress, make_console, say, show_checks, show_plan
 from svend.pipeline.run_evaluation import evaluate_benchmarks, evaluate_heldout
 from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.run_model import ModelFactory, build_model, planned_model
 from svend.pipeline.saving import begin_save
 from svend.pipeline.step_log import StepLog
 from svend.pipeline.validation import PipelineValidator, ValidationGate

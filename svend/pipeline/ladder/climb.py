@@ -19,7 +19,6 @@ from svend.errors import (
     UserError,
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
-from svend.pipeline.job import planned_model
 from svend.pipeline.ladder.below import PARENT_SCALE, find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
@@ -37,9 +36,9 @@ from svend.pipeline.ladder.trend import (
     backtest_bound,
     prediction_gates,
 )
-from svend.pipeline.replica import ModelFactory
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.run_model import ModelFactory, planned_model
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
