@@ -39,7 +39,7 @@ def conclude_run(
     if best is not None:
         best = consolidate(job, best)
         _evaluate_best(job, best, gatekeeper, nested, console, is_stopped)
-    record_verdicts(job.tracked, job.folder)
+    record_verdicts(job.tracked, job.folder.read_verdicts())
     measured_gb, measured_seconds = _record_cost(job)
     registered = None
     if best is not None and (nested is None or nested.registers):

@@ -145,7 +145,7 @@ class Gatekeeper:
                 continue
             if self._validator.strict:
                 self.settle(job)
-                record_verdicts(job.tracked, job.folder)
+                record_verdicts(job.tracked, job.folder.read_verdicts())
             self._fail(_failure_line(verdict))
 
     def _fail(self, line: str) -> None:

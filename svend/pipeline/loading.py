@@ -23,6 +23,8 @@ MAY_CHANGE = {
     "training.parallel", "training.profile",
     "training.save_total_limit", "training.shard_processes", "rank_timeout_seconds",
 }
+# The name under which a run, a version or an import keeps its resolved config.
+CONFIG_FILE = "config.yaml"
 # What names a Python file or module that is imported.
 NAMES_CODE = ("training.data.own_sources",)
 
@@ -77,6 +79,14 @@ def names_code(key: str) -> bool:
     key = full_key(key)
     return any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.")
                for own in NAMES_CODE)
+
+
+def split_overrides(
+    overrides: Sequence[tuple[str, str]], prefix: str
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return those whose keys begin with the prefix, without it, and the others by full keys."""
+    own = [(key.removeprefix(prefix), text) for key, text in overrides if key.startswith(prefix)]
+    return own, [(full_key(key), text) for key, text in overrides if not key.startswith(prefix)]
 
 
 def value_at(config: PipelineConfig, key: str) -> Any:

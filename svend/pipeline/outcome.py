@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from svend.errors import Interrupted, TrialPruned, UserError
 from svend.pipeline.config import ModelScale
 from svend.tracking.registry import RegisteredVersion
+from svend.tracking.run import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,28 @@ class Ending:
     is_bug: bool = False
 
     @classmethod
-    def by(cls, error: BaseException, checkpoint_dir: str) -> Ending:
-        """Return how an error ends a run."""
+    def by(cls, error: BaseException, checkpoint_dir: str = "") -> Ending:
+        """Return how an error ends a run. checkpoint_dir: named where a full disk has no name."""
         if isinstance(error, TrialPruned):
             return cls("FINISHED", str(error), error)
         if isinstance(error, UserError):
             return cls("FAILED", str(error), error)
-        if isinstance(error, Interrupted):
-            return cls("KILLED", str(error))
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            return cls("KILLED", str(error) or "interrupted")
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return cls("FAILED", f"{error.filename or checkpoint_dir}: the disk is full; make "
                                  "room, and go on with resume=true")
         return cls("FAILED", f"{type(error).__name__}: {error}", is_bug=True)
+
+
+@contextlib.contextmanager
+def ended_as_left(tracked: TrackedRun) -> Iterator[None]:
+    """End a run when the context is left: FINISHED, or as the error that leaves it says."""
+    ending = Ending("FINISHED")
+    try:
+        yield
+    except BaseException as error:
+        ending = Ending.by(error)
+        raise
+    finally:
+        tracked.end(ending.status, ending.reason)

@@ -266,11 +266,12 @@ def hyperparameters_table(carried: Sequence[Carried]) -> Table:
     for name in ("key", "found", "here", "why"):
         table.add_column(name)
     for row in carried:
-        table.add_row(row.key, _number(row.found), _number(row.here), row.why)
+        table.add_row(row.key, format_value(row.found), format_value(row.here), row.why)
     return table
 
 
-def _number(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a setting's value as people read it: a float to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -362,7 +362,7 @@ class ScaleRunner:
         """End the run by HealthError where a look found what it may not go on with."""
         if log.health_failure is not None:
             self._gatekeeper.settle(job)
-            record_verdicts(job.tracked, job.folder)
+            record_verdicts(job.tracked, job.folder.read_verdicts())
             raise log.health_failure
 
     def _rewind(self, job: Job, divergence: Divergence) -> None:
@@ -413,7 +413,7 @@ class ScaleRunner:
         if job.saved_step < job.state.step:
             begin_save(job, {})
             self._gatekeeper.settle(job)
-        record_verdicts(job.tracked, job.folder)
+        record_verdicts(job.tracked, job.folder.read_verdicts())
         raise Interrupted(
             f"interrupted by {signals.requested.name} at step {job.state.step} of "
             f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
