@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from svend.errors import CheckpointError
-from svend.pipeline import checkpoint_manager
-from svend.pipeline.checkpoint_states import Snapshots
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
+from svend.pipeline.checkpoints import manager as checkpoint_manager
+from svend.pipeline.checkpoints.states import Snapshots
 
 Release = Callable[[], None]
 

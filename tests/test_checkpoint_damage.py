@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError
-from svend.pipeline.checkpoint_files import writer_name
-from svend.pipeline.checkpoint_metadata import metadata_bytes
 from svend.pipeline.checkpoints import Checkpoint, CheckpointManager, verify
+from svend.pipeline.checkpoints.files import writer_name
+from svend.pipeline.checkpoints.metadata import metadata_bytes
 from svend.pipeline.config import Schedule
 from tests.saved import (
     STATE_FILES,

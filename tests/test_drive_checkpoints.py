@@ -15,8 +15,14 @@ import pytest
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError
-from svend.pipeline import drive, drive_checkpoints
-from svend.pipeline.checkpoints import Checkpoint, CheckpointManager, DriveCheckpointManager, verify
+from svend.pipeline.checkpoints import (
+    Checkpoint,
+    CheckpointManager,
+    DriveCheckpointManager,
+    drive,
+    drive_manager,
+    verify,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 Vanish = Callable[[Path], Callable[[], None]]
@@ -561,7 +567,7 @@ def test_a_drive_that_goes_away_during_a_load_is_no_reason_to_go_back(
         _save(manager, 1, 2)
     fresh = DriveCheckpointManager(manager.drive_path, tmp_path / "other-machine")
     come_back: Callable[[], None] | None = None
-    copy_checkpoint = drive_checkpoints.copy_checkpoint
+    copy_checkpoint = drive_manager.copy_checkpoint
 
     def vanish_once(*arguments: object) -> Checkpoint:
         nonlocal come_back
@@ -569,8 +575,8 @@ def test_a_drive_that_goes_away_during_a_load_is_no_reason_to_go_back(
             come_back = _rename_away(tmp_path / "mount")
         return copy_checkpoint(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(drive_checkpoints, "copy_checkpoint", vanish_once)
-    monkeypatch.setattr(drive_checkpoints, "FETCH_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(drive_manager, "copy_checkpoint", vanish_once)
+    monkeypatch.setattr(drive_manager, "FETCH_PAUSES_SECONDS", (0.01, 0.01))
     with pytest.raises(CheckpointError, match="mount it and try again"):
         fresh.load_latest(_model(0.0))
     assert come_back is not None

@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from torch import nn
 
 from svend.errors import CheckpointError
-from svend.pipeline import checkpoint_manager
 from svend.pipeline.checkpoints import MODEL, CheckpointManager, DriveCheckpointManager, verify
+from svend.pipeline.checkpoints import manager as checkpoint_manager
 from svend.pipeline.config import FullDisk, load_config
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import ScaleRunner

@@ -120,7 +120,7 @@ def test_a_signal_to_a_forked_child_is_not_taken_for_ones_own() -> None:
 # A disk so slow that a save takes minutes.
 SLOW_DISK = """
 import sys, time
-from svend.pipeline import checkpoint_manager
+from svend.pipeline.checkpoints import manager as checkpoint_manager
 write_state, slow_from = checkpoint_manager.write_state, int(sys.argv.pop(1))
 def write_slowly(path, state):
     if int(path.parent.name.split("-")[1].removeprefix("step_")) >= slow_from:

@@ -31,7 +31,7 @@ from svend.models.parametrisation import (
     without,
 )
 from svend.models.transformer import Attention, ReasoningTransformer, rotary_tables
-from svend.pipeline.checkpoint_metadata import MODEL
+from svend.pipeline.checkpoints.metadata import MODEL
 from svend.pipeline.config import (
     Optimizer,
     Parametrisation,

@@ -26,9 +26,9 @@ from svend.device import (
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
 from svend.pipeline.benchmarking import read_questions
-from svend.pipeline.checkpoint_files import format_bytes
-from svend.pipeline.checkpoint_metadata import read_folder
 from svend.pipeline.checkpoints import CheckpointManager, verify
+from svend.pipeline.checkpoints.files import format_bytes
+from svend.pipeline.checkpoints.metadata import read_folder
 from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
 from svend.pipeline.run_data import read_run_data
 from svend.planning.plan import check_memory, explain_out_of_memory, is_out_of_memory

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from svend.data.records import file_digest
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.errors import CheckpointError, ConfigError, one_line
-from svend.pipeline.checkpoint_files import verify
-from svend.pipeline.checkpoint_metadata import MODEL, read_folder
+from svend.pipeline.checkpoints.files import verify
+from svend.pipeline.checkpoints.metadata import MODEL, read_folder
 from svend.pipeline.config import Parametrisation, PipelineConfig
 from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.moves import open_verified

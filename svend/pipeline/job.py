@@ -27,9 +27,9 @@ from svend.errors import ConfigError
 from svend.pipeline.assignment import Assignment, assign
 from svend.pipeline.benchmarking import Question, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
+from svend.pipeline.checkpoints.drive import default_cache_dir, is_on_google_drive
 from svend.pipeline.config import ModelConfig, PipelineConfig, Precision
 from svend.pipeline.crew import Crew
-from svend.pipeline.drive import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
     Carried,

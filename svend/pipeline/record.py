@@ -17,8 +17,8 @@ import pandas as pd
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
 from svend.pipeline.benchmarking import Evaluation, measured_how
-from svend.pipeline.checkpoint_files import verify
-from svend.pipeline.checkpoint_metadata import METADATA, MODEL, Checkpoint
+from svend.pipeline.checkpoints.files import verify
+from svend.pipeline.checkpoints.metadata import METADATA, MODEL, Checkpoint
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.data_report import data_report_html, source_table
 from svend.pipeline.evaluation_report import samples_frame, samples_html

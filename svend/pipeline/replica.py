@@ -22,11 +22,11 @@ from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
 from svend.models.shards import is_sharded, whole
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.checkpoint_metadata import read_metadata
-from svend.pipeline.checkpoint_states import load_parts
+from svend.pipeline.checkpoints.metadata import read_metadata
+from svend.pipeline.checkpoints.sharded import PartialSave, size_of
+from svend.pipeline.checkpoints.states import load_parts
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.crew import Crew
-from svend.pipeline.sharded_files import PartialSave, size_of
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps

@@ -16,6 +16,7 @@ from svend.errors import Interrupted, RankLost, ResourceError, UserError
 from svend.pipeline.assignment import follow_run
 from svend.pipeline.branches import find_branch, follow_branch
 from svend.pipeline.checkpoints import DriveCheckpointManager
+from svend.pipeline.checkpoints.drive import mount_google_drive
 from svend.pipeline.conclusion import conclude_run
 from svend.pipeline.config import Branch, PipelineConfig
 from svend.pipeline.crew import Crew, Farewell, stay_for_orders
@@ -27,7 +28,6 @@ from svend.pipeline.divergence import (
     find_good_checkpoint,
     go_back,
 )
-from svend.pipeline.drive import mount_google_drive
 from svend.pipeline.gatekeeper import STOPPING, Gatekeeper
 from svend.pipeline.infrastructure import InfrastructureChecks
 from svend.pipeline.interruption import StopSignals

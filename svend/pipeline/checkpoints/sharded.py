@@ -21,8 +21,8 @@ from torch import Tensor
 
 from svend.errors import CheckpointError, RankLost, one_line
 from svend.models.shards import is_sharded
-from svend.pipeline.checkpoint_files import hash_file, write_state
-from svend.pipeline.checkpoint_metadata import (
+from svend.pipeline.checkpoints.files import hash_file, write_state
+from svend.pipeline.checkpoints.metadata import (
     LAYOUT,
     MODEL,
     PART_SUFFIX,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from svend.errors import CheckpointError
-from svend.pipeline.checkpoint_files import (
+from svend.pipeline.checkpoints.files import (
     copy_checkpoint,
     has_full_length,
     reason_of,
@@ -21,7 +21,7 @@ from svend.pipeline.checkpoint_files import (
     tidy_folder,
     writer_name,
 )
-from svend.pipeline.checkpoint_metadata import Checkpoint, read_folder, read_metadata
+from svend.pipeline.checkpoints.metadata import Checkpoint, read_folder, read_metadata
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from svend import cuda
 from svend.errors import CheckpointError
 from svend.models.shards import is_sharded
-from svend.pipeline.checkpoint_metadata import EXTRA_STATE, Checkpoint
-from svend.pipeline.sharded_files import PartialSave, read_state_of
+from svend.pipeline.checkpoints.metadata import EXTRA_STATE, Checkpoint
+from svend.pipeline.checkpoints.sharded import PartialSave, read_state_of
 from svend.pipeline.state_files import read_state
 
 # The names, the metadata and what a state has beside its tensors.

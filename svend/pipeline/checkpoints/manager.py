@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError, RankLost
-from svend.pipeline.checkpoint_files import (
+from svend.pipeline.checkpoints.files import (
     UnreachableError,
     check_loadable,
     format_bytes,
@@ -33,7 +33,7 @@ from svend.pipeline.checkpoint_files import (
     write_state,
     writing_place,
 )
-from svend.pipeline.checkpoint_metadata import (
+from svend.pipeline.checkpoints.metadata import (
     EXTRA_STATE,
     METADATA,
     MODEL,
@@ -41,7 +41,7 @@ from svend.pipeline.checkpoint_metadata import (
     metadata_bytes,
     read_folder,
 )
-from svend.pipeline.checkpoint_states import (
+from svend.pipeline.checkpoints.states import (
     BYTES_BESIDE_TENSORS,
     Content,
     Snapshots,
@@ -50,7 +50,7 @@ from svend.pipeline.checkpoint_states import (
     load_parts,
 )
 from svend.pipeline.config import FullDisk
-from svend.pipeline.sharded_files import PartialSave, consolidate_weights
+from svend.pipeline.checkpoints.sharded import PartialSave, consolidate_weights
 from svend.pipeline.whole_files import flush_folder, write_bytes
 
 

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from svend.errors import CheckpointError
-from svend.pipeline.checkpoint_metadata import EXTRA_STATE, METADATA, Checkpoint, parse_metadata
+from svend.pipeline.checkpoints.metadata import EXTRA_STATE, METADATA, Checkpoint, parse_metadata
 from svend.pipeline.state_files import read_state
 from svend.pipeline.whole_files import flush_folder, write_bytes
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Self
 
 from svend.errors import CheckpointError, ConfigError
-from svend.pipeline.checkpoint_files import UnreachableError, copy_checkpoint, reason_of, verify
-from svend.pipeline.checkpoint_manager import CheckpointManager
-from svend.pipeline.checkpoint_metadata import Checkpoint, read_folder
+from svend.pipeline.checkpoints.files import UnreachableError, copy_checkpoint, reason_of, verify
+from svend.pipeline.checkpoints.manager import CheckpointManager
+from svend.pipeline.checkpoints.metadata import Checkpoint, read_folder
 from svend.pipeline.config import FullDisk
-from svend.pipeline.drive import claim_cache, own_cache, reach_drive
-from svend.pipeline.drive_copier import DriveCopier
+from svend.pipeline.checkpoints.drive import claim_cache, own_cache, reach_drive
+from svend.pipeline.checkpoints.drive_copier import DriveCopier
 
 # After each, a drive that vanished during a load is tried again.
 FETCH_PAUSES_SECONDS = (0.5, 2.0, 5.0)
