@@ -74,7 +74,7 @@ def load_version_model(
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: does not fit the architecture in its {CONFIG_FILE} "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({one_line(error)[:200]})"
         ) from None
     # Of a run with weights in bf16, too: wider, and the same numbers.
     return model.float().to(device).eval()
