@@ -78,8 +78,8 @@ class Place:
             yield
         except (StorageInternalError, SQLAlchemyError) as error:
             raise UserError(
-                f"storage {self.shown}: {one_line(error.__cause__ or error)[:300]}; what was done is "
-                "kept, and the same command goes on once the storage is back"
+                f"storage {self.shown}: {one_line(error.__cause__ or error)[:300]}; what was done "
+                "is kept, and the same command goes on once the storage is back"
             ) from None
 
 
