@@ -39,12 +39,15 @@ class PipelineResult:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ends: its status in MLflow, why, and the user's mistake or failed gate, if any."""
+    """How a run ends: its status in MLflow, why, and the user's mistake or failed gate, if any.
+
+    unexpected: what ends it is a bug, or for whoever called the run to deal with.
+    """
 
     status: str
     reason: str | None = None
     mistake: UserError | None = None
-    is_bug: bool = False
+    unexpected: bool = False
 
     @classmethod
     def by(cls, error: BaseException, checkpoint_dir: str = "") -> Ending:
@@ -54,11 +57,12 @@ class Ending:
         if isinstance(error, UserError):
             return cls("FAILED", str(error), error)
         if isinstance(error, Interrupted | KeyboardInterrupt):
-            return cls("KILLED", str(error) or "interrupted")
+            unexpected = isinstance(error, KeyboardInterrupt)
+            return cls("KILLED", str(error) or "interrupted", unexpected=unexpected)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return cls("FAILED", f"{error.filename or checkpoint_dir}: the disk is full; make "
                                  "room, and go on with resume=true")
-        return cls("FAILED", f"{type(error).__name__}: {error}", is_bug=True)
+        return cls("FAILED", f"{type(error).__name__}: {error}", unexpected=True)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ class ScaleRunner:
                 self._gatekeeper.require_full(job)
             except BaseException as error:
                 ending = Ending.by(error, self.config.checkpoint_dir)
-                if ending.is_bug:
+                if ending.unexpected:
                     raise
             finally:
                 signals.closing()
