@@ -51,7 +51,7 @@ class Ending:
 
     @classmethod
     def by(cls, error: BaseException, checkpoint_dir: str = "") -> Ending:
-        """Return how an error ends a run. checkpoint_dir: named where a full disk has no name."""
+        """Return how an error ends a run; a training run's `checkpoint_dir` may be full."""
         if isinstance(error, TrialPruned):
             return cls("FINISHED", str(error), error)
         if isinstance(error, UserError):
@@ -59,7 +59,7 @@ class Ending:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             unexpected = isinstance(error, KeyboardInterrupt)
             return cls("KILLED", str(error) or "interrupted", unexpected=unexpected)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if checkpoint_dir and isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return cls("FAILED", f"{error.filename or checkpoint_dir}: the disk is full; make "
                                  "room, and go on with resume=true")
         return cls("FAILED", f"{type(error).__name__}: {error}", unexpected=True)
