@@ -101,7 +101,7 @@ from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, end_joined_run, joined_experiment_name
 from svend.training.health import HealthReading
-from svend.training.loop import StepMetrics
+from svend.training.loop import StepMetrics, runs_uncompiled
 from svend.training.parallel import join_ranks
 from svend.training.profiling import profiled_steps
 
@@ -367,7 +367,11 @@ class ScaleRunner:
         self._begin(job, signals)
         pending: list[StepMetrics] = []
         save_due = False
-        progress = TrainingProgress(self._console, total_steps, job.state.step)
+        compiles_after = None
+        if job.plan.compile:
+            first = job.state.step + 1
+            compiles_after = first if runs_uncompiled(first, job.state.device) else job.state.step
+        progress = TrainingProgress(self._console, total_steps, job.state.step, compiles_after)
         with progress, signals.deferred():
             for metrics in self._steps(job):
                 if math.isnan(job.start_seconds):
