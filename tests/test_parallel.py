@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from svend import cli
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
+from svend.models.attention import Layout as DocumentLayout
 from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline import sharded_files
@@ -327,22 +329,35 @@ class Attribute:
         return (getattr, (torch.Size, "__class__"))
 
 
-def hold_out(ranks: Ranks) -> list[HeldoutLoss]:
-    found = []
-    for layout in (WHOLE, PARTS):
-        for count in (1, 5, 8):
-            training = make_training(heldout_sequences=count)
-            replica = make_replica(ranks, layout, training)
-            found.append(measure_heldout(replica))
-    return found
+def hold_out(ranks: Ranks) -> tuple[list[HeldoutLoss], set[tuple[type, ...]]]:
+    """Return the losses, and the types of inputs that FSDP is given, to move them to the device."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    found, moved = [], set()
+    move = FSDPState._root_pre_forward
+
+    def note(state: Any, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if isinstance(module, ReasoningTransformer):
+            moved.add(tuple(map(type, inputs)))
+        return move(state, module, inputs, named)
+
+    with mock.patch.object(FSDPState, "_root_pre_forward", note):
+        for layout in (WHOLE, PARTS):
+            for count in (1, 5, 8):
+                training = make_training(heldout_sequences=count)
+                replica = make_replica(ranks, layout, training)
+                found.append(measure_heldout(replica))
+    return found, moved
 
 
 def test_processes_share_the_held_out_sequences() -> None:
-    expected = hold_out(Ranks())
-    for measured in run_together(hold_out, 2):
+    expected, _ = hold_out(Ranks())
+    for measured, moved in run_together(hold_out, 2):
         for ours, theirs in zip(measured, expected, strict=True):
             assert ours.predicted == theirs.predicted
             assert ours.sums == pytest.approx(theirs.sums, rel=1e-5)
+        # No document numbers: where documents begin is not to be asked of the device.
+        assert moved == {(torch.Tensor, torch.Tensor, DocumentLayout)}
 
 
 def spoil_the_last(ranks: Ranks) -> tuple[int, int]:
