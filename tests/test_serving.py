@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svend.bench.serve import ask_once
 from svend.data.chat import END_OF_MESSAGE, END_OF_TEXT, ROLE_TOKENS
 from svend.data.documents import Message, Role, conversation
 from svend.data.tokenizer import train_tokenizer
@@ -439,3 +441,19 @@ def test_what_waits_too_long_is_told_so_while_the_lane_is_in_use(
         assert raised.value.status_code == 504
         assert time.monotonic() - started_seconds < 5
         running.cancel()
+
+
+def test_the_benchmark_counts_an_answer_that_breaks_off_as_dropped() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, httpx.Client() as client:
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\ndata: {}\n\n")
+            connection.close()
+
+        with ThreadPoolExecutor(1) as server:
+            server.submit(hang_up)
+            port = listener.getsockname()[1]
+            answered = ask_once(client, f"http://127.0.0.1:{port}/", {})
+    assert answered.status == "RemoteProtocolError"
+    assert answered.tokens == 0
