@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from svend import cli
@@ -50,7 +50,7 @@ from svend.pipeline.replica import (
 from svend.pipeline.sharded_files import read_parts
 from svend.pipeline.state_files import read_state
 from svend.planning.plan import decide_shards
-from svend.ranks import Place, find_place
+from svend.ranks import Place, find_place, set_rendezvous
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
@@ -426,10 +426,15 @@ def test_a_process_that_is_killed_in_a_step_is_named_at_once() -> None:
 
 
 @given(environment=st.fixed_dictionaries({}, optional={
-    name: st.sampled_from(["0", "1", "3", "-1", "x", ""]) for name in
+    name: st.sampled_from(["0", "1", "3", "-1", "x", "", "4(x2),2", "4(x"]) for name in
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID",
-     "SLURM_NODEID")
+     "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
 }))
+@example(environment={"SLURM_STEP_NUM_TASKS": "x"})
+@example(environment={"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                      "SLURM_NODEID": "5", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"})
+@example(environment={"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                      "SLURM_STEP_TASKS_PER_NODE": "4(x"})
 def test_a_place_is_one_that_can_be_or_refused(environment: dict[str, str]) -> None:
     try:
         place = find_place(environment)
@@ -448,6 +453,14 @@ def test_slurm_s_tasks_find_their_places() -> None:
         assert find_place({**step, **task}) == Place(rank, 6, local_rank, local_size)
     # A batch script, which has no tasks of its own.
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ALONE
+
+
+def test_where_scontrol_is_missing_a_line_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"node\[01-04\].* set MASTER_ADDR to the first of them$"):
+        set_rendezvous({"SLURM_STEP_NODELIST": "node[01-04]"})
 
 
 def count_up(ranks: Ranks) -> tuple[int, Place]:
