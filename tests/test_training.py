@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import (
     IGNORE_LABEL,
@@ -24,6 +23,7 @@ from svend.data.stream import (
     PackedSequences,
     next_token_labels,
 )
+from svend.data.token_array import TokenArray
 from svend.device import DTYPES
 from svend.errors import ConfigError
 from svend.evaluation.heldout import measure_gradient_norm, measure_heldout_loss

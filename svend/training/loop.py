@@ -88,7 +88,8 @@ def runs_uncompiled(step: int, device: torch.device) -> bool:
 
 def _stance_before(step: int, device: torch.device) -> AbstractContextManager[None]:
     if runs_uncompiled(step, device):
-        return torch.compiler.set_stance("force_eager")
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
     return contextlib.nullcontext()
 
 
