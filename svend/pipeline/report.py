@@ -24,7 +24,7 @@ from svend.pipeline.progress import TerminalBar
 from svend.pipeline.validation import Decision
 from svend.planning.memory import MemoryPlan
 from svend.planning.plan import RunPlan, RunSize
-from svend.tracking.pages import is_local, run_page, ui_command
+from svend.tracking.pages import is_local, run_page, scales_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
 # A line per step and every verdict at DEBUG, under the name that users know.
@@ -318,6 +318,7 @@ def show_next_steps(
     if local:
         lines.append(("see the run", ui_command(tracking_uri)))
     lines.append(("" if local else "see the run", url))
+    lines.append(("all runs", scales_page(tracking_uri, experiment_id, as_charts=False)))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)
 
