@@ -16,7 +16,6 @@ from svend.pipeline.gatekeeper import Gatekeeper
 from svend.pipeline.job import Job
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.record import (
-    NOTE_TAG,
     describe_end,
     describe_run,
     measurement_rows,
@@ -27,6 +26,7 @@ from svend.pipeline.replica import load_weights
 from svend.pipeline.report import show_measured, show_next_steps, verdict_table
 from svend.pipeline.run_evaluation import evaluate_benchmarks
 from svend.pipeline.saving import consolidate
+from svend.pipeline.tags import NOTE_TAG
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion

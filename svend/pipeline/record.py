@@ -20,7 +20,7 @@ from svend.pipeline.hyperparameters import HYPERPARAMETERS, Carried, Hyperparame
 from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.schema import flatten, to_tree, to_yaml
-from svend.pipeline.tags import SWEEP_TAG
+from svend.pipeline.tags import NOTE_TAG, SWEEP_TAG
 from svend.pipeline.validation import (
     Evidence,
     GateLevel,
@@ -32,7 +32,6 @@ from svend.tracking.environment import environment_tags, installed_packages
 from svend.tracking.run import TrackedRun
 
 EVALUATION_ARTIFACTS = "evaluation"
-NOTE_TAG = "mlflow.note.content"  # the description on a run's page
 
 
 def record_inputs(

@@ -24,6 +24,7 @@ from svend.pipeline.compare.runs import (
 )
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
 from svend.pipeline.outcome import ended_as_left
+from svend.pipeline.tags import NOTE_TAG
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
 from svend.tracking.ledger import told_by_the_store
@@ -129,7 +130,7 @@ def _log(
         tracked.set_tags({
             **environment_tags(),
             COMPARISON: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
-            "mlflow.note.content": comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
+            NOTE_TAG: comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
         })
         tracked.log_artifacts(folder, RUN_NAME)
         tracked.flush()
