@@ -178,8 +178,6 @@ ACCURACY = Benchmark(
     score=score_reasoning,
     summarize=share_correct("accuracy"),
     max_new_tokens=256,
-    source="made on the spot by reasoning-gym",
-    licence="Apache-2.0",
     metrics=("accuracy",),
 )
 TOOL_EXECUTION = Benchmark(
@@ -189,7 +187,5 @@ TOOL_EXECUTION = Benchmark(
     summarize=share_correct("tool_execution_accuracy"),
     max_new_tokens=256,
     uses_tools=True,
-    source="made on the spot by reasoning-gym and svend.tools",
-    licence="Apache-2.0",
     metrics=("tool_execution_accuracy",),
 )
