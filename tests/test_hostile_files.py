@@ -461,6 +461,11 @@ def test_a_cache_of_objects_is_not_unpickled(tmp_path: Path, marker: Path) -> No
         _leaks(str(tmp_path / "objects.npy"))
 
 
+def test_hashes_of_evaluation_sets_that_vanish_are_not_taken_for_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone.npy: damaged \(No such file or directory\)"):
+        _leaks(str(tmp_path / "gone.npy"))
+
+
 def test_a_pickle_in_place_of_an_index_is_not_unpickled(tmp_path: Path, marker: Path) -> None:
     part = write_part(tmp_path / "part")
     pickled(part / "00000.npz", marker)

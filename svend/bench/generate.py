@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.models.config import TransformerConfig
 from svend.models.generation import Decoder, PlainTurn, Request
 from svend.models.huggingface import export_to_huggingface
@@ -217,15 +218,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
 
     A bar is the median over rounds; the line across its end goes from the slowest to the fastest.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(comparisons), figsize=(3.2 * len(comparisons), 3.4), squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = begin_figure((3.2 * len(comparisons), 3.4), columns=len(comparisons))
     for axis, comparison in zip(axes[0], comparisons, strict=True):
         for place, timing in enumerate(comparison.timings):
             ours = timing.contestant in (OURS, OURS_INT8)
@@ -238,8 +231,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
         axis.set_xticks(range(len(names)), names, rotation=45)
         axis.set_title(comparison.workload, fontsize=10)
     axes[0][0].set_ylabel("useful tokens per second")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_figure(figure, path, dpi=150)
 
 
 def to_json(comparisons: Sequence[Comparison]) -> str:

@@ -29,7 +29,7 @@ from svend.data.sources import LocatedSource, SourcePart, locate_sources, mix_of
 from svend.data.token_array import KINDS, TokenArray, Tokens
 from svend.data.tokenised import Progress, TokenisedPart, locked, tokenise
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
-from svend.errors import DataError
+from svend.errors import DataError, reason_of
 from svend.pipeline.config import BrokenRows, DataConfig, Duplicates
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -93,7 +93,7 @@ def build_corpus(
         chosen = select_documents(data, parts, progress)
     except OSError as error:
         raise DataError(
-            f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror or error}); "
+            f"data.cache_dir {cache.absolute()}: cannot be written ({reason_of(error)}); "
             "free space, or choose another"
         ) from error
     return _assemble(located, tokenizer, parts, chosen)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from svend.errors import DataError, one_line
+from svend.errors import DataError, reason_of
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
 CHUNK_BYTES = 1 << 18
@@ -33,6 +33,14 @@ Record = dict[str, Any]
 
 class RowError(Exception):
     """A row that cannot be used; the message says why."""
+
+
+class HubError(DataError):
+    """The hub cannot be read; `fault` says so without what to do, which depends on who reads."""
+
+    def __init__(self, place: str, error: Exception) -> None:
+        self.fault = f"{place}: the hub cannot be read ({reason_of(error)})"
+        super().__init__(f"{self.fault}; give a local copy with data.path=FOLDER_OR_FILE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +90,7 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def find_split(folder: Path, *names: str) -> list[Path]:
@@ -108,7 +115,7 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def hub_commit(repository: str, revision: str) -> str:
@@ -118,7 +125,7 @@ def hub_commit(repository: str, revision: str) -> str:
     try:
         commit = HfApi().dataset_info(repository, revision=revision).sha
     except Exception as error:
-        raise _unreachable(repository, error) from error
+        raise HubError(repository, error) from error
     if commit is None:
         raise DataError(f"{repository}: the hub names no commit for revision '{revision}'")
     return commit
@@ -136,15 +143,7 @@ def stream_hub(
         numbered = enumerate(itertools.islice(rows, count), start=1)
         yield from _in_chunks(place, ((number, dict(row)) for number, row in numbered))
     except Exception as error:
-        raise _unreachable(place, error) from error
-
-
-def _unreachable(place: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return DataError(
-        f"{place}: the hub cannot be read ({reason}); "
-        "give a local copy with data.path=FOLDER_OR_FILE"
-    )
+        raise HubError(place, error) from error
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Chunk]]:
@@ -213,9 +212,7 @@ def _parquet_rows(path: Path) -> Iterator[Chunk]:
                 yield Chunk(str(path), range(number, number + len(rows)), rows, "row")
                 number += len(rows)
     except Exception as error:  # noqa: BLE001 - damaged values fail in whatever they become
-        raise DataError(
-            f"{path}: cannot be read ({one_line(error)[:200] or type(error).__name__})"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ from svend.data.records import (
 )
 from svend.data.schemas import find_schema
 from svend.data.tool_dialogues import tool_use_documents
-from svend.errors import ConfigError, DataError
+from svend.errors import ConfigError, DataError, reason_of
 from svend.pipeline.config import DataConfig, OwnSource
 
 SCHEMAS = "svend.data.schemas"
@@ -262,7 +262,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -283,7 +283,7 @@ def _known_digest(path: Path, cache: Path) -> str:
             writing.replace(note)
         except OSError as error:
             raise DataError(
-                f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror}); "
+                f"data.cache_dir {cache.absolute()}: cannot be written ({reason_of(error)}); "
                 "free space, or choose another"
             ) from error
     digest: str = known[key]
@@ -323,7 +323,7 @@ def _local_files(
     try:
         found = path.exists()
     except OSError as error:  # a name too long, a folder that may not be looked into
-        raise DataError(f"data.path {place[:200]}: cannot be read ({error.strerror})") from None
+        raise DataError(f"data.path {place[:200]}: cannot be read ({reason_of(error)})") from None
     if not found:
         raise DataError(f"data.path {path.absolute()}: no such file or folder")
     shared = len(data.sources) > 1 and source.path is None
