@@ -96,10 +96,10 @@ from svend.pipeline.validation import (
 )
 from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.ranks import Place, find_place
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, end_joined_run, joined_experiment_name
+from svend.tracking.store_errors import told_by_the_store
 from svend.training.health import HealthReading
 from svend.training.loop import StepMetrics
 from svend.training.parallel import join_ranks
