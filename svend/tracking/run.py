@@ -26,6 +26,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from svend.errors import TrackingError
 from svend.tracking.delivery import BATCH_LIMITS, Entry, EntryKind, deliver, is_missing
 from svend.tracking.keep_status import keep_status
+from svend.tracking.pages import prepare_scales_view
 from svend.tracking.runs import MAX_TAG_LENGTH, PARENT_TAG, RUN_ID, configure_mlflow
 from svend.tracking.spool import FLUSH_SECONDS, REASON_TAG, RunAddress, Spool, SpoolSender
 from svend.tracking.store_errors import is_access, store_error
@@ -59,7 +60,10 @@ class TrackedRun:
     def begin(
         cls, experiment_name: str, run_name: str, parent_run_id: str | None = None
     ) -> TrackedRun:
-        """Join the run that `mlflow run` made, or begin one in the experiment, below a parent."""
+        """Join the run that `mlflow run` made, or begin one in the experiment, below a parent.
+
+        The experiment gets the view that is prepared for scales.
+        """
         joined = os.environ.pop(RUN_ID, None)
         configure_mlflow()
         client = MlflowClient()
@@ -76,6 +80,7 @@ class TrackedRun:
                 info = client.create_run(
                     experiment.experiment_id, run_name=run_name, tags=resolve_tags(tags)
                 ).info
+            prepare_scales_view(info.experiment_id)
         except (MlflowException, OSError) as error:
             raise store_error(
                 f"tracking store {mlflow.get_tracking_uri()}: begins no run", error,
