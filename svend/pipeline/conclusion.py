@@ -28,8 +28,8 @@ from svend.pipeline.run_evaluation import evaluate_benchmarks
 from svend.pipeline.saving import consolidate
 from svend.pipeline.tags import NOTE_TAG
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
+from svend.tracking.store_errors import told_by_the_store
 
 
 def conclude_run(

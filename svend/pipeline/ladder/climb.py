@@ -45,11 +45,11 @@ from svend.pipeline.tags import LADDER_NAME_TAG, LADDER_TAG, PARENT_SCALE_TAG, R
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import acting_user
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import end_abandoned, experiment_of
 from svend.tracking.spool import ADDRESS, SPOOL
+from svend.tracking.store_errors import told_by_the_store
 
 LEFT_RUNNING = "its process was killed after it had ended"
 
