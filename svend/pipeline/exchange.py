@@ -27,7 +27,7 @@ from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import ModelScale, Parametrisation, get_model_config
 from svend.pipeline.schema import to_tree, to_yaml
 from svend.pipeline.version_evaluation import LoadedVersion, load_version
-from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER
+from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER, answering_model
 
 VOCABULARY_MULTIPLE = 64
 # That a model's embedding lacks; more make it another model's tokenizer.
@@ -46,7 +46,7 @@ def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
     place = folder or Path(f"{version.name}-v{version.version}-hf")
     if place.exists():
         raise ConfigError(f"folder {place}: is there already; remove it, or give another")
-    model = loaded.model
+    model = answering_model(loaded.model, "export")
     writing = place.with_name(f".writing-{place.name}")
     shutil.rmtree(writing, ignore_errors=True)
     try:

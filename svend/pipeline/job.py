@@ -44,10 +44,17 @@ from svend.pipeline.hyperparameters import (
 )
 from svend.pipeline.infrastructure import check_disk
 from svend.pipeline.init_from import StartingPoint, find_starting_point
+from svend.pipeline.own_model import (
+    FACTORY_FILE,
+    ModelFactory,
+    factory_source,
+    make_model,
+    own_model_name,
+    source_digest,
+)
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.replica import (
     Assignment,
-    ModelFactory,
     Replica,
     build_replica_state,
     load_state,
@@ -149,13 +156,16 @@ def prepare_job(
     memory = check_memory(model_config, training, device, crew.ranks.place, shards)
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
+    source = factory_source(config)
     questions = read_questions(config)
     corpus = build_corpus(
         training.data, config.model.vocab_size, training.data_seed,
         lambda text: console.print(f"data: {text}"), evaluation_sets(config),
     )
     if folder is not None and not force:
-        folder.check_machine(corpus.fingerprint, corpus.tokenizer.sha256, device.type)
+        folder.check_machine(
+            corpus.fingerprint, corpus.tokenizer.sha256, device.type, source_digest(source)
+        )
     sequences = PackedSequences(corpus.train, training.data, training.seed)
     heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
     total_steps = training.max_steps or steps_over(sequences, training)
@@ -176,6 +186,7 @@ def prepare_job(
     # Measured by the first process while the others wait: together they are as many times as fast.
     plan = replace(
         plan, parameters=sum(p.numel() for p in state.model.parameters()),
+        compile=plan.compile and isinstance(state.model, ReasoningTransformer),
         peak_flops=plan.peak_flops * crew.size, seconds=plan.seconds / crew.size,
     )
     if folder is None:
@@ -183,7 +194,7 @@ def prepare_job(
             tracked, config, gates, corpus, sequences, plan, describe_device(device)
         )
         record_hyperparameters(tracked, found, carried)
-        folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found)
+        folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found, source)
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
     job = Job(
         config=config, device=device, corpus=corpus, sequences=sequences, heldout=heldout,
@@ -225,14 +236,21 @@ def _find_start(
 
 def _begin_folder(
     tracked: TrackedRun, as_written: PipelineConfig, config: PipelineConfig, corpus: Corpus,
-    plan: RunPlan, device: torch.device, found: Hyperparameters | None,
+    plan: RunPlan, device: torch.device, found: Hyperparameters | None, source: str | None,
 ) -> RunFolder:
+    """Begin the folder of a new run; found and source are texts that it keeps, where there are any.
+    """
     training = config.training
+    files = {HYPERPARAMETERS: found.to_yaml()} if found else {}
+    if source is not None:
+        tracked.log_text(source, FACTORY_FILE)
+        files[FACTORY_FILE] = source
     return RunFolder.create(as_written, RunIdentity(
         tracked.run_id, tracked.tracking_uri, training.experiment_name,
         training.model_scale.value, corpus.fingerprint, device.type, training.precision,
         plan.compile, corpus.tokenizer.sha256,
-    ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
+        model_factory_sha256=source_digest(source),
+    ), files)
 
 
 def _check_means(
@@ -289,13 +307,17 @@ def _choices_of(folder: RunFolder | None, config: PipelineConfig) -> tuple[Preci
 def _record_forced(job: Job, config: PipelineConfig, console: Console) -> None:
     """Put on record what a forced resumption finds otherwise than the run was begun with."""
     folder, corpus, device = job.folder, job.corpus, job.device.type
+    factory_sha256 = source_digest(factory_source(config))
     differences = [
         *folder.config_differences(config),
-        *folder.machine_differences(corpus.fingerprint, corpus.tokenizer.sha256, device),
+        *folder.machine_differences(
+            corpus.fingerprint, corpus.tokenizer.sha256, device, factory_sha256
+        ),
     ]
     if differences:
         folder.force(
             differences, config, job.state.step, data_fingerprint=corpus.fingerprint,
+            model_factory_sha256=factory_sha256,
             tokenizer_sha256=corpus.tokenizer.sha256, device=device,
             precision=job.config.training.precision, compiled=job.plan.compile,
         )
@@ -357,11 +379,7 @@ def _model_name(
 ) -> str:
     """The name in the registry: an own model never enters the one of a scale."""
     assert config.model is not None  # set by PipelineConfig.resolve
-    if model_factory is None:
-        return config.model.name
-    own = getattr(getattr(model, "config", None), "name", None)
-    scale = config.training.model_scale.value
-    return own if isinstance(own, str) and own != config.model.name else f"custom-{scale}"
+    return config.model.name if model_factory is None else own_model_name(model, config)
 
 
 def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) -> ModelConfig:
@@ -373,13 +391,12 @@ def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) ->
     assert config.model is not None  # set by PipelineConfig.resolve
     if model_factory is None:
         return config.model
-    with torch.device("meta"):
-        model = model_factory(config.training.model_scale)
+    model = make_model(model_factory, config, on_meta=True)
     _check_parametrisation(model, config.training)
     if isinstance(model, ReasoningTransformer):
         return model.config.to_model_config(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return equivalent_model(config.model, parameters)
+    return replace(equivalent_model(config.model, parameters), name=own_model_name(model, config))
 
 
 def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:

@@ -23,7 +23,8 @@ MAY_CHANGE = {
     "training.save_total_limit", "training.shard_processes", "rank_timeout_seconds",
 }
 # What names a Python file or module that is imported.
-NAMES_CODE = ("training.data.own_sources",)
+OWN_SOURCES, MODEL_FACTORY = "training.data.own_sources", "model_factory"
+NAMES_CODE = (OWN_SOURCES, MODEL_FACTORY)
 
 
 def load_config(
@@ -71,11 +72,11 @@ def full_key(key: str) -> str:
     return f"training.{key}" if key.startswith("data.") else key
 
 
-def names_code(key: str) -> bool:
+def names_code(key: str, among: Sequence[str] = NAMES_CODE) -> bool:
     """Whether a dotted key holds functions to import: what a stranger's file must not set."""
     key = full_key(key)
     return any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.")
-               for own in NAMES_CODE)
+               for own in among)
 
 
 def value_at(config: PipelineConfig, key: str) -> Any:

@@ -641,6 +641,7 @@ class PipelineConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     hparams: str | None = _default("hparams")
     init_from: str | None = _default("init_from")
+    model_factory: str | None = _default("model_factory")
     preset: str = _default("preset")
     strict_validation: bool = _default("strict_validation")
     eval_benchmarks: list[str] = _default("eval_benchmarks")

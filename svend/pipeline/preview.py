@@ -16,6 +16,7 @@ from svend.pipeline.hyperparameters import (
     locate_hyperparameters,
 )
 from svend.pipeline.job import planned_model, steps_over
+from svend.pipeline.own_model import describe_model, find_model_factory, make_model
 from svend.pipeline.report import make_console, show_preview
 from svend.planning.plan import predict_memory_on, size_run
 
@@ -28,7 +29,8 @@ def preview_run(config: PipelineConfig) -> None:
     """
     console = make_console()
     config = config.resolve()
-    training, model = config.training, planned_model(config, None)
+    factory = find_model_factory(config)
+    training, model = config.training, planned_model(config, factory)
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
     config = replace(config, training=training)
@@ -48,8 +50,11 @@ def preview_run(config: PipelineConfig) -> None:
         )
         training, carried = carry(found, config, total_steps)
         config = replace(config, training=training)
+    own = "" if factory is None else describe_model(
+        make_model(factory, config, on_meta=True), factory, config
+    )
     show_preview(
         console, config, size_run(training, model, total_steps),
         predict_memory_on(model, training, device), available_bytes(device),
-        describe_device(device), carried,
+        describe_device(device), carried, own,
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import DTYPES
-from svend.errors import DataError, UserError, one_line
+from svend.errors import ConfigError, DataError, UserError, one_line
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
 from svend.models.config import BaseShape, TransformerConfig
@@ -29,8 +29,9 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import evaluation_sets
 from svend.pipeline.checkpoint_files import read_metadata
 from svend.pipeline.checkpoints import load_parts
-from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.config import PipelineConfig
 from svend.pipeline.crew import Crew, Dismissal
+from svend.pipeline.own_model import ModelFactory, check_model, make_model
 from svend.pipeline.sharded_files import PartialSave, size_of
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ModelFactory = Callable[[ModelScale], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,9 @@ def build_model(
     training = config.training
     torch.manual_seed(training.seed)
     if model_factory is not None:
-        model = model_factory(training.model_scale)
+        model = make_model(model_factory, config)
+        if mesh is None:
+            check_model(model.to(device), model_factory, config, device)
     else:
         with torch.device("meta"):
             model = ReasoningTransformer(
@@ -208,6 +210,12 @@ def build_model(
             model.checkpoint_blocks(training.gradient_checkpointing_policy)
         if training.float8:
             compute_in_float8(model.blocks)
+    if mesh is not None and not isinstance(model, ReasoningTransformer):
+        raise ConfigError(
+            f"training.parallel = {training.parallel.value}: would divide the weights, which "
+            f"Svend's own transformer is made for, and the factory's model is a "
+            f"{type(model).__name__}; set training.parallel=ddp"
+        )
     if mesh is not None:
         prepare_weights(model, training)  # what is sharded keeps its precision
         shard_model(model, mesh, training)

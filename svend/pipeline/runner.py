@@ -30,7 +30,7 @@ from svend.errors import (
 )
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import evaluate_model
+from svend.pipeline.benchmarking import evaluate_model, without_answers
 from svend.pipeline.branches import find_branch, follow_branch, horizon_at, record_horizon
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import Branch, ModelScale, PipelineConfig
@@ -55,6 +55,7 @@ from svend.pipeline.job import (
     prepare_job,
 )
 from svend.pipeline.nested import NestedRun
+from svend.pipeline.own_model import ModelFactory, describe_model, find_model_factory
 from svend.pipeline.record import (
     measurement_rows,
     passed_levels,
@@ -64,7 +65,6 @@ from svend.pipeline.record import (
     undecided,
 )
 from svend.pipeline.replica import (
-    ModelFactory,
     begin_partial_save,
     build_model,
     count_nonfinite,
@@ -139,7 +139,8 @@ STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 class ScaleRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
-    model_factory: builds the model of a scale in place of ReasoningTransformer. nested: what a
+    model_factory: builds the model of a scale in place of ReasoningTransformer; without one, what
+    the configuration names as that, if anything. nested: what a
     sweep or a ladder wants of the run. custom_gates: decided at FULL, beside the built-in ones.
     owns_process: whether it may end the process, at the end of the grace time after a signal.
     """
@@ -154,7 +155,7 @@ class ScaleRunner:
         owns_process: bool = False,
     ) -> None:
         self.config = config
-        self.model_factory = model_factory
+        self.model_factory = find_model_factory(config, model_factory)
         self.nested = nested
         self.owns_process = owns_process
         self.validator = PipelineValidator(
@@ -293,8 +294,10 @@ class ScaleRunner:
                 config, tracked, folder, self.model_factory, self.validator.gates, self._console,
                 crew, force=force,
             )
+        factory = self.model_factory
+        own = "" if factory is None else describe_model(job.state.model, factory, config)
         show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                  describe_device(job.device), job.carried, job.sharing)
+                  describe_device(job.device), job.carried, job.sharing, own)
         if self.nested is not None:
             self.nested.prepared(job)
         return job
@@ -604,26 +607,34 @@ class ScaleRunner:
 
         That is FULL, and PRODUCTION where each of its metrics was measured.
         """
-        model, step = job.state.model, job.state.step
-        if not job.config.eval_benchmarks:
-            return ()
-        if not isinstance(model, ReasoningTransformer):
-            self._console.print(
-                f"benchmarks: not measured; {type(model).__name__} is no ReasoningTransformer"
-            )
+        model, step, config = job.state.model, job.state.step, job.config
+        answers = isinstance(model, ReasoningTransformer)
+        if not answers:
+            left = without_answers(config)
+            if left != config.eval_benchmarks:
+                self._console.print(
+                    f"benchmarks: a {type(model).__name__} writes no answers; measured: "
+                    f"{', '.join(left) or 'none'}"
+                )
+            config = replace(config, eval_benchmarks=left)
+        if not config.eval_benchmarks:
             return ()
         heldout = self._evaluate(job)
         with job.spending("evaluating"), AnswerProgress(self._console) as progress:
             whole = job.call(gather_model)
-            assert isinstance(whole, ReasoningTransformer)
+            assert whole is not None  # in the first process
             evaluation = evaluate_model(
-                job.config, whole, job.corpus.tokenizer, job.questions, lambda: heldout,
-                progress.advance, lambda: signals.requested is not None,
+                config, whole, job.corpus.tokenizer, job.questions if answers else [],
+                lambda: heldout, progress.advance, lambda: signals.requested is not None,
             )
         record_evaluation(job.tracked, evaluation, step)
         job.measured = evaluation.measurements
         self._console.print(measurement_table(evaluation.results, evaluation.measurements))
-        return self._decide_full(job, {**heldout.measurements(), **evaluation.measurements})
+        measured = {**heldout.measurements(), **evaluation.measurements}
+        if not answers and any(gate.required and gate.metric_name not in measured
+                               for gate in self.validator.gates[GateLevel.FULL]):
+            return ()
+        return self._decide_full(job, measured)
 
     def _decide_full(
         self, job: Job, measurements: Mapping[str, Measurement]
@@ -881,7 +892,7 @@ def follow_runs(config: PipelineConfig, *, once: bool) -> None:
     stay_for_orders()
     keep_freed_memory()
     crew, device = runner.meet(find_place()), resolve_device(config.training.device)
-    while not isinstance(follow_run(None, device, crew), Farewell):
+    while not isinstance(follow_run(runner.model_factory, device, crew), Farewell):
         pass
 
 

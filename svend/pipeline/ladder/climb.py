@@ -37,7 +37,7 @@ from svend.pipeline.ladder.trend import (
     backtest_bound,
     prediction_gates,
 )
-from svend.pipeline.replica import ModelFactory
+from svend.pipeline.own_model import ModelFactory, find_model_factory
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
@@ -211,7 +211,7 @@ class LadderClimb:
 
     def _new_attempt(self, scale: ModelScale, former: Attempt | None) -> Attempt:
         config = self._ladder.rungs[scale]
-        model = planned_model(config, self._means.model_factory)
+        model = planned_model(config, find_model_factory(config, self._means.model_factory))
         on_hold = former is not None and former.trend is Trend.HOLD
         return Attempt(
             scale=scale, number=1 if former is None else former.number + 1,

@@ -20,7 +20,7 @@ from svend.pipeline.config import (
     load_config,
 )
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import full_key
+from svend.pipeline.loading import MODEL_FACTORY, full_key
 from svend.pipeline.schema import build, flatten, parse_value, set_at, to_tree
 
 PREFIX = "ladder."
@@ -148,6 +148,11 @@ def load_ladder(
     for key, text in overrides:
         if key.startswith(PREFIX):
             tree = set_at(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
+        elif key == MODEL_FACTORY:
+            raise ConfigError(
+                f"{key} = {text}: svend ladder reckons with the scales' own models; from Python, "
+                "PipelineRunner(config, model_factory=...).run_progressive() climbs with others"
+            )
         else:
             of_rungs.append((full_key(key), text))
     settings = {scale: _settings(tree, scale) for scale in ORDER}

@@ -13,7 +13,7 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import MAY_CHANGE, full_key, value_at
+from svend.pipeline.loading import MAY_CHANGE, MODEL_FACTORY, full_key, value_at
 from svend.pipeline.schema import build, parse_value, set_at, to_tree
 
 Value = float | int | str | bool | None
@@ -234,6 +234,11 @@ def load_sweep(
         else:
             of_trials.append((full_key(key), text))
     for key, text in of_trials:
+        if key == MODEL_FACTORY:
+            raise ConfigError(
+                f"{key} = {text}: a sweep makes its proxy, and the second width that confirms it, "
+                "by model.*, which a factory does not read; try learning rates run by run"
+            )
         if key in SET_BY_SWEEP:
             raise ConfigError(f"{key} = {text}: a sweep sets it; give {SET_BY_SWEEP[key]}")
     if search is not None:
