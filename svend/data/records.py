@@ -89,6 +89,11 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
         raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
+def check_suffix(path: Path) -> None:
+    """Raise DataError for a file of a kind that is not read."""
+    _reader(path)
+
+
 def find_split(folder: Path, *names: str) -> list[Path]:
     """Return the files in `folder`, or in its `data`, of the first of `names` that has any.
 

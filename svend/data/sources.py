@@ -16,6 +16,7 @@ from svend.data.library import library_documents, library_name
 from svend.data.records import (
     CHUNK_ROWS,
     Chunk,
+    check_suffix,
     file_digest,
     find_split,
     hub_commit,
@@ -242,6 +243,8 @@ def _locate_generator(source: GeneratedSource, data: DataConfig, seed: int) -> L
 def _files_part(
     source: RecordSource, name: str, files: list[Path], data: DataConfig
 ) -> SourcePart:
+    for path in files:
+        check_suffix(path)
     digests = [_known_digest(path, Path(data.cache_dir).expanduser()) for path in files]
     identity = {"source": source.name, "files": digests, "schema": _schema_digest(source)}
 

@@ -35,13 +35,19 @@ MOST_ADDED_TOKENS = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
+def export_version(
+    uri: str, folder: Path | None, dtype: str, model_factory: str | None = None
+) -> Path:
     """Write a version as a folder that transformers reads; return the folder.
 
+    model_factory: what made its model, where the config names such; it is run.
     It appears whole or not at all, and its weights are read back and compared. Raises UserError,
     in one line, where the folder is there already or the version is not what was registered.
     """
-    loaded = load_version(uri, [("training.device", "cpu"), ("training.precision", "fp32")])
+    given = [] if model_factory is None else [("model_factory", model_factory)]
+    loaded = load_version(
+        uri, [("training.device", "cpu"), ("training.precision", "fp32"), *given]
+    )
     version = loaded.version
     place = folder or Path(f"{version.name}-v{version.version}-hf")
     if place.exists():

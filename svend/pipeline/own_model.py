@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svend.data.stream import Batch
-from svend.device import autocast, to_device
+from svend.device import autocast, resolve_precision, to_device
 from svend.errors import ConfigError, UserError, one_line
 from svend.evaluation.benchmarks import PERPLEXITY
 from svend.models.transformer import ReasoningTransformer
@@ -25,6 +25,7 @@ from svend.pipeline.config import (
     ModelConfig,
     ModelScale,
     PipelineConfig,
+    Precision,
     TrainingConfig,
     get_model_config,
 )
@@ -36,7 +37,6 @@ ModelFactory = Callable[[ModelScale], nn.Module]
 FACTORY_FILE = "model_factory.py"
 # Of the summed loss: products in bf16 add up to another sum than their parts.
 SUM_TOLERANCE = 0.02
-BLOCK = 64  # labels that are masked together
 
 
 def find_model_factory(
@@ -139,16 +139,17 @@ def check_model(
     """
     told, kind = Told.of(factory, model), type(model).__name__
     batch = _batch_to_try(config.model, config.training)
-    odd_T = torch.arange(batch.labels_BT.shape[1]) // BLOCK % 2 == 1
+    odd_T = torch.arange(batch.labels_BT.shape[1]) % 2 == 1
+    precision = resolve_precision(config.training.precision, device)
     was_training = model.training
     model.eval()
     try:
-        whole = _loss_of(model, batch, batch.labels_BT, config, device)
+        whole = _loss_of(model, batch, batch.labels_BT, precision, device)
         _check_loss(whole, told, kind, batch)
         with torch.no_grad():
             parts = [
-                float(_loss_of(model, batch, batch.labels_BT.masked_fill(hidden_T, -100), config,
-                               device))
+                float(_loss_of(model, batch, batch.labels_BT.masked_fill(hidden_T, -100),
+                               precision, device))
                 for hidden_T in (odd_T, ~odd_T)
             ]
     except UserError:
@@ -183,7 +184,7 @@ def _check_settings(model: nn.Module, training: TrainingConfig) -> None:
         if is_set:
             value = getattr(training, key)
             raise ConfigError(
-                f"training.{key} = {getattr(value, 'value', value)}: is done to the blocks of "
+                f"training.{key} = {getattr(value, 'value', 'true')}: is done to the blocks of "
                 f"Svend's own transformer, and the factory's model is a {type(model).__name__}; "
                 f"leave it out, or {instead}"
             )
@@ -200,9 +201,9 @@ def _batch_to_try(model: ModelConfig | None, training: TrainingConfig) -> Batch:
 
 
 def _loss_of(
-    model: nn.Module, batch: Batch, labels_BT: Tensor, config: PipelineConfig, device: torch.device
+    model: nn.Module, batch: Batch, labels_BT: Tensor, precision: Precision, device: torch.device
 ) -> Tensor:
-    with autocast(config.training.precision, device):
+    with autocast(precision, device):
         loss: Tensor = model(
             to_device(batch.tokens_BT, device), to_device(labels_BT, device), batch.documents_BT
         )

@@ -50,11 +50,13 @@ def preview_run(config: PipelineConfig) -> None:
         )
         training, carried = carry(found, config, total_steps)
         config = replace(config, training=training)
-    own = "" if factory is None else describe_model(
-        make_model(factory, config, on_meta=True), factory, config
-    )
+    own, size = "", size_run(training, model, total_steps)
+    if factory is not None:
+        made = make_model(factory, config, on_meta=True)
+        own = describe_model(made, factory, config)
+        size = replace(size, parameters=sum(p.numel() for p in made.parameters()))
     show_preview(
-        console, config, size_run(training, model, total_steps),
+        console, config, size,
         predict_memory_on(model, training, device), available_bytes(device),
         describe_device(device), carried, own,
     )
