@@ -28,8 +28,6 @@ from svend.pipeline.config import (
 from svend.pipeline.job import planned_model
 from svend.pipeline.own_model import check_model, make_model, own_model_name
 from svend.pipeline.replica import build_model
-from tests.conftest import Workplace
-from tests.in_process import run_here
 from tests.refusals import refusal_of
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
 from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline import sharded_files
-from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.checkpoints import CheckpointManager, sharded
+from svend.pipeline.checkpoints.sharded import read_parts
 from svend.pipeline.config import (
     CheckpointingPolicy,
     MomentPrecision,
@@ -45,7 +45,6 @@ from svend.pipeline.replica import (
     sharded_bytes,
     stage_steps,
 )
-from svend.pipeline.sharded_files import read_parts
 from svend.pipeline.state_files import read_state
 from svend.planning.plan import decide_shards
 from svend.ranks import Place, find_place
@@ -367,7 +366,7 @@ def fail_to_write(ranks: Ranks, folder: Path) -> str:
     replica = make_replica(ranks, PARTS, make_training())
     place = folder / "shared" if ranks.place.leads else folder / "elsewhere"
     place.mkdir(parents=True)
-    sharded_files.ARRIVAL_SECONDS = 0.5
+    sharded.ARRIVAL_SECONDS = 0.5
     begin_partial_save(replica, place)
     assert replica.partial is not None
     try:

@@ -41,10 +41,11 @@ from svend.pipeline.config import (
     Compile,
     DataConfig,
     ModelConfig,
+    MomentPrecision,
     Precision,
     TrainingConfig,
+    WeightPrecision,
 )
-from svend.pipeline.options import MomentPrecision, WeightPrecision
 from svend.planning.flops import train_flops_per_token
 from svend.planning.plan import predict_memory_on
 from svend.planning.probe import measure_matmul_peak

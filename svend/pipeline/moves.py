@@ -26,6 +26,7 @@ from svend.tracking.registry import (
     OpenedVersion,
     acting_user,
     describe_version,
+    open_version,
     set_alias,
     tag_version,
 )
@@ -322,6 +323,18 @@ def registration_of(model: str, version: str, history: History) -> Registration:
             f"versions {known}"
         )
     return registration
+
+
+def open_verified(uri: str) -> tuple[OpenedVersion, Registration]:
+    """Open a version of the registry whose every file is what was registered.
+
+    Raises UserError, in one line, for what is missing, not on record, or changed.
+    """
+    version = open_version(uri)
+    history = Moves.find(version.name).history()
+    registration = registration_of(version.name, version.version, history)
+    verify_files(version, registration)
+    return version, registration
 
 
 def verify_files(version: OpenedVersion, registration: Registration) -> None:

@@ -17,14 +17,16 @@ import pandas as pd
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
 from svend.pipeline.benchmarking import Evaluation, measured_how
-from svend.pipeline.checkpoint_files import METADATA, MODEL, Checkpoint, verify
+from svend.pipeline.checkpoints.files import verify
+from svend.pipeline.checkpoints.metadata import METADATA, MODEL, Checkpoint
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.data_report import data_report_html, source_table
 from svend.pipeline.evaluation_report import samples_frame, samples_html
 from svend.pipeline.hyperparameters import HYPERPARAMETERS, Carried, Hyperparameters
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.moves import Move, MoveKind, Moves, Registration, verdict_tags
 from svend.pipeline.report import verdicts_html
-from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
+from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.schema import flatten, to_tree, to_yaml
 from svend.pipeline.validation import (
     Evidence,
@@ -81,7 +83,7 @@ def record_inputs(
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
         "mlflow.note.content": _describe(config, plan, corpus),
     })
-    tracked.log_text(to_yaml(config), "config.yaml")
+    tracked.log_text(to_yaml(config), CONFIG_FILE)
     for name, text in corpus.tokenizer.files().items():
         tracked.log_text(text, name)
     tracked.log_text(installed_packages(), "packages.txt")
@@ -142,9 +144,8 @@ def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
     )
 
 
-def record_verdicts(tracked: TrackedRun, folder: RunFolder) -> None:
-    """Log every verdict so far, as a page for people and as a table for programs."""
-    rows = folder.read_verdicts()
+def record_verdicts(tracked: TrackedRun, rows: Sequence[dict[str, Any]]) -> None:
+    """Log verdicts as a page for people and as a table for programs."""
     tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
     tracked.log_text(verdicts_html(rows), "verdicts.html")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from svend.planning.plan import RunPlan, RunSize
 from svend.tracking.pages import is_local, run_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
+# A line per step and every verdict at DEBUG, under the name that users know.
+run_logger = logging.getLogger("svend.pipeline.runner")
 PLAIN_LINE_SECONDS = 10.0
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
@@ -269,11 +272,12 @@ def hyperparameters_table(carried: Sequence[Carried]) -> Table:
     for name in ("key", "found", "here", "why"):
         table.add_column(name)
     for row in carried:
-        table.add_row(row.key, _number(row.found), _number(row.here), row.why)
+        table.add_row(row.key, format_value(row.found), format_value(row.here), row.why)
     return table
 
 
-def _number(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a setting's value as people read it: a float to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import pandas as pd
 import torch
 from rich.console import Console
 from torch import nn
@@ -29,11 +28,16 @@ from svend.pipeline.benchmarking import (
 )
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.loading import MODEL_FACTORY, OWN_SOURCES, names_code
-from svend.pipeline.moves import Moves, registration_of, verify_files
-from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
-from svend.pipeline.report import make_console, verdict_table, verdicts_html
-from svend.pipeline.run_folder import CONFIG_FILE
+from svend.pipeline.loading import CONFIG_FILE, MODEL_FACTORY, OWN_SOURCES, names_code
+from svend.pipeline.moves import Moves, open_verified
+from svend.pipeline.outcome import ended_as_left
+from svend.pipeline.record import (
+    EVALUATION_ARTIFACTS,
+    measurement_rows,
+    record_evaluation,
+    record_verdicts,
+)
+from svend.pipeline.report import make_console, verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.pipeline.version_files import (
     TOKENIZER,
@@ -42,8 +46,9 @@ from svend.pipeline.version_files import (
     load_version_tokenizer,
 )
 from svend.tracking.environment import environment_tags
-from svend.tracking.registry import OpenedVersion, open_version, tag_version
+from svend.tracking.registry import OpenedVersion, tag_version
 from svend.tracking.run import TrackedRun
+from svend.tracking.runs import PARENT_TAG
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,7 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
 
     Raises UserError, in one line, for what is missing, not what was registered, or does not fit.
     """
-    version = open_version(model_uri)
-    registration = registration_of(
-        version.name, version.version, Moves.find(version.name).history()
-    )
-    verify_files(version, registration)
+    version, registration = open_verified(model_uri)
     for name in (WEIGHTS, CONFIG_FILE, TOKENIZER):
         if name not in registration.files:
             raise CheckpointError(
@@ -127,14 +128,8 @@ def evaluate_version(
     questions = read_questions(config)
     step = int(version.tags.get("svend.step", "0"))
     tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
-    status = "FAILED"
-    try:
-        tracked.set_tags({
-            **environment_tags(),
-            "svend.model": f"models:/{version.name}/{version.version}",
-            "svend.checkpoint_sha256": sha256,
-            **({"mlflow.parentRunId": version.run_id} if version.run_id else {}),
-        })
+    with ended_as_left(tracked):
+        tracked.set_tags(tags_of_run_about(version, sha256))
         with AnswerProgress(console) as progress:
             evaluation = evaluate_model(
                 config, loaded.model, loaded.tokenizer, questions,
@@ -144,9 +139,16 @@ def evaluate_version(
         record_evaluation(tracked, evaluation, step)
         _decide(config, version, evaluation, Evidence(step, sha256, None, tracked.run_id),
                 tracked, console)
-        status = "FINISHED"
-    finally:
-        tracked.end(status, None)
+
+
+def tags_of_run_about(version: OpenedVersion, sha256: str) -> dict[str, str]:
+    """Return the tags of a run that measures or moves a version, below the one that trained it."""
+    return {
+        **environment_tags(),
+        "svend.model": f"models:/{version.name}/{version.version}",
+        "svend.checkpoint_sha256": sha256,
+        **({PARENT_TAG: version.run_id} if version.run_id else {}),
+    }
 
 
 def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
@@ -200,8 +202,7 @@ def _decide(
             )
     console.print(measurement_table(evaluation.results, evaluation.measurements))
     if rows:
-        tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
-        tracked.log_text(verdicts_html(rows), "verdicts.html")
+        record_verdicts(tracked, rows)
         console.print(verdict_table(rows, f"Verdicts on {version.name} version {version.version}"))
     measured = {f"eval.{metric}": _figure(m) for metric, m in evaluation.measurements.items()}
     Moves.find(version.name).keep_rows(measurement_rows(evaluation.measurements, config, evidence))

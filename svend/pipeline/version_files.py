@@ -14,11 +14,11 @@ from svend.errors import CheckpointError, ConfigError, one_line
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.own_model import find_model_factory, make_model
 from svend.pipeline.state_files import read_state
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 ANY_SIZE = 2**32
 
@@ -74,7 +74,7 @@ def load_version_model(
         model.load_state_dict(state, assign=config.model_factory is None)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: does not fit the architecture in its {CONFIG} "
+            f"{path}: does not fit the architecture in its {CONFIG_FILE} "
             f"({' '.join(str(error).split())[:200]}); where a factory made the model, give it as "
             "--model_factory file.py:function"
         ) from None

@@ -9,8 +9,7 @@ from svend.errors import TrackingError, UserError
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.ladder.options import find_differences
 from svend.pipeline.ladder.standing import Attempt, State
-from svend.pipeline.loading import load_saved_config
-from svend.pipeline.run_folder import CONFIG_FILE
+from svend.pipeline.loading import CONFIG_FILE, load_saved_config
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of, tags_of_version
 from svend.tracking.runs import fetch_artifact, metric_history, tags_of

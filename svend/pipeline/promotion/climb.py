@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from svend.errors import GateFailure, UserError
@@ -23,6 +22,7 @@ from svend.pipeline.moves import (
     definition_sha256,
     verify_files,
 )
+from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
 from svend.pipeline.promotion.standing import (
     check_aliases,
@@ -30,9 +30,10 @@ from svend.pipeline.promotion.standing import (
     newest_below,
     open_registered,
 )
-from svend.pipeline.report import verdict_table, verdicts_html
+from svend.pipeline.record import record_verdicts
+from svend.pipeline.report import verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
-from svend.tracking.environment import environment_tags
+from svend.pipeline.version_evaluation import tags_of_run_about
 from svend.tracking.run import TrackedRun
 
 PROMOTION_TAG = "svend.promotion"  # of a promotion's run: which model's ledger it wrote to
@@ -78,23 +79,12 @@ class Climb:
         candidate = Candidate(opened, registration, promotion.gates, promotion.overrides)
         name = f"promote-{opened.name}-v{version}-to-{promotion.to.value}"
         tracked = TrackedRun.begin(opened.experiment, name)
-        status, reason = "FAILED", None
-        try:
+        with ended_as_left(tracked):
             tracked.set_tags({
-                **environment_tags(),
                 PROMOTION_TAG: opened.name,
-                "svend.model": f"models:/{opened.name}/{version}",
-                "svend.checkpoint_sha256": registration.checkpoint_sha256,
-                **({"mlflow.parentRunId": opened.run_id} if opened.run_id else {}),
+                **tags_of_run_about(opened, registration.checkpoint_sha256),
             })
-            made = self._climb(candidate, history, tracked)
-            status = "FINISHED"
-        except UserError as error:
-            reason = str(error)
-            raise
-        finally:
-            tracked.end(status, reason)
-        return made
+            return self._climb(candidate, history, tracked)
 
     def _climb(self, candidate: Candidate, history: History, tracked: TrackedRun) -> list[Move]:
         target, made = self._promotion.to, []
@@ -119,8 +109,7 @@ class Climb:
             if book.new_rows:
                 self._moves.keep_rows(book.new_rows)
             if rows:
-                tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
-                tracked.log_text(verdicts_html(rows), "verdicts.html")
+                record_verdicts(tracked, rows)
                 version = candidate.version
                 self._console.print(
                     verdict_table(rows, f"Verdicts on {version.name} version {version.version}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from svend.errors import Interrupted, UserError
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.interruption import StopSignals
+from svend.pipeline.outcome import Ending
 from svend.pipeline.report import make_console, show_next_steps
 from svend.pipeline.sweep.claim import ParentClaim, TakenOver
 from svend.pipeline.sweep.confirmation import (
@@ -94,30 +95,20 @@ def run_sweep(sweep: Sweep, place: Place, worker_command: Sequence[str]) -> Swee
         with signals.deferred():
             search = SweepStudy.create(place, sweep)
             tracked = _track(config, search, place)
-        status: str | None = "FINISHED"
-        reason = None
+        ending = Ending("FINISHED")
         try:
             parent = _Parent(
                 sweep, place, claim, search, tracked, console, signals, worker_command
             )
             return parent.run()
-        except TakenOver:
-            status = None
-            raise
-        except UserError as error:
-            status, reason = "FAILED", str(error)
-            raise
-        except Interrupted as interruption:
-            status, reason = "KILLED", str(interruption)
-            raise
         except BaseException as error:
-            status, reason = "FAILED", f"{type(error).__name__}: {error}"
+            ending = Ending.by(error)
             raise
         finally:
-            if status is None:
+            if isinstance(ending.mistake, TakenOver):
                 tracked.leave()
             else:
-                tracked.end(status, reason)
+                tracked.end(ending.status, ending.reason)
 
 
 class _Parent:
