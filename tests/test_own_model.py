@@ -25,9 +25,8 @@ from svend.pipeline.config import (
     create_quick_test_config,
     load_config,
 )
-from svend.pipeline.job import planned_model
 from svend.pipeline.own_model import check_model, make_model, own_model_name
-from svend.pipeline.replica import build_model
+from svend.pipeline.run_model import build_model, planned_model
 from tests.refusals import refusal_of
 
 CPU = torch.device("cpu")

@@ -62,7 +62,9 @@ def parse_row(row: Any) -> Record:
         raise RowError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         if row.strip() in (b"{", b"["):
-            raise RowError("a record goes on over several lines; write each on one line") from None
+            raise RowError(
+                "not JSON on one line: the record goes on over several; write each on one"
+            ) from None
         raise RowError(f"not JSON ({error}); mend or remove the line") from None
     if not isinstance(parsed, dict):
         raise RowError(
