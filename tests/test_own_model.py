@@ -27,6 +27,8 @@ from svend.pipeline.config import (
 )
 from svend.pipeline.own_model import check_model, make_model, own_model_name
 from svend.pipeline.run_model import build_model, planned_model
+from tests.conftest import Workplace
+from tests.in_process import run_here
 from tests.refusals import refusal_of
 
 CPU = torch.device("cpu")
@@ -77,8 +79,8 @@ class Tied(Bigrams):
 class Buffered(Bigrams):
     """Counts its calls, and drops out: neither may be seen of a check."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, vocabulary: int = VOCABULARY, positions: int = LENGTH) -> None:
+        super().__init__(vocabulary, positions)
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("scratch", torch.ones(4), persistent=False)
 
@@ -290,3 +292,55 @@ def test_a_factory_may_make_our_own_transformer_otherwise() -> None:
     settings = config(gradient_checkpointing=True)
     assert isinstance(try_model(lambda: ReasoningTransformer(enough), settings),
                       ReasoningTransformer)
+
+
+SOURCE = """
+import os, signal
+from tests.test_own_model import Buffered
+
+class Stopped(Buffered):
+    def forward(self, tokens_BT, labels_BT, documents_BT):
+        loss = super().forward(tokens_BT, labels_BT, documents_BT)
+        if self.training and int(self.seen) == int(os.environ.get("STOP_AT_CALL", "0")):
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+def make_model(scale):
+    return Stopped(512, 64)
+"""
+
+
+def train_own(place: Workplace, name: str, *options: str) -> str:
+    """Train the model above on the command line; return what was said."""
+    done = run_here(place, place.train_command(
+        "--model_factory", str(place.folder / "own.py:make_model"), *options,
+        model__name=name, model__vocab_size="512", data__max_seq_length="64",
+        training__experiment_name=name, training__max_steps="24", training__save_steps="8",
+    ))
+    return f"{done.returncode}: {done.stdout}"
+
+
+@pytest.mark.slow
+def test_a_run_of_an_own_model_goes_on_to_the_same_weights_and_only_with_the_same_code(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = workplace.folder / "own.py"
+    source.write_text(SOURCE)
+    whole = train_own(workplace, "whole")
+    assert whole.startswith("0: ") and "registered   whole version 1" in whole
+    monkeypatch.setenv("STOP_AT_CALL", "13")
+    assert "interrupted by SIGINT at step 13" in train_own(workplace, "stopped")
+    monkeypatch.delenv("STOP_AT_CALL")
+    source.write_text(SOURCE + "# changed\n")
+    refused = train_own(workplace, "stopped", "--resume")
+    assert refused.startswith("1: ") and "the model factory's file was" in refused
+    source.write_text(SOURCE)
+    resumed = train_own(workplace, "stopped", "--resume")
+    assert resumed.startswith("0: ") and "from step 13" in resumed
+    weights = [
+        torch.load(workplace.checkpoints / name / "step_00000024" / "model.pt", weights_only=True)
+        for name in ("whole", "stopped")
+    ]
+    assert weights[0].keys() == weights[1].keys() and "seen" in weights[0]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert (workplace.checkpoints / "whole" / "model_factory.py").read_text() == SOURCE
