@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.errors import ConfigError, ResourceError
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.generation import Decoder, PlainTurn, Request

@@ -24,9 +24,9 @@ from svend.bench.gpu_report_kernels import (
     check_loss,
     nominal_peak,
 )
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.device import (
     available_bytes,
     can_compile,

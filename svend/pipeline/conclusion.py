@@ -15,7 +15,8 @@ from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.gatekeeper import Gatekeeper
 from svend.pipeline.job import Job
 from svend.pipeline.nested import NestedRun
-from svend.pipeline.record import measurement_rows, record_verdicts, register_version
+from svend.pipeline.record import measurement_rows, record_verdicts
+from svend.pipeline.registration import register_version
 from svend.pipeline.replica import load_weights
 from svend.pipeline.report import show_measured, show_next_steps, verdict_table
 from svend.pipeline.run_evaluation import evaluate_benchmarks
@@ -110,12 +111,12 @@ def _register(
     # What a version rests on is in the store before it is.
     job.tracked.flush(job.config.tracking_wait_seconds)
     with told_by_the_store(f"{job.model_name}, trained and saved but not registered"):
-        return register_version(
-            job.tracked, job.folder, job.config, job.model_name, job.corpus, best, validator, rows,
-            measurement_rows(job.measured, job.config, Evidence(
+        return register_version(job, best, validator, rows, measurement_rows(
+            job.measured, job.config,
+            Evidence(
                 best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-            )),
-        )
+            ),
+        ))
 
 
 def _show_verdicts(

@@ -21,9 +21,9 @@ from svend.pipeline.checkpoints.files import verify
 from svend.pipeline.checkpoints.metadata import MODEL, read_folder
 from svend.pipeline.config import Parametrisation, PipelineConfig
 from svend.pipeline.loading import CONFIG_FILE
-from svend.pipeline.moves import open_verified
 from svend.pipeline.schema import read_yaml, to_tree
 from svend.pipeline.state_files import read_state
+from svend.pipeline.verified_version import open_verified
 from svend.pipeline.version_files import ANY_SIZE, TOKENIZER, WEIGHTS
 
 SCALE_KEYS = ("train_memory_gb", "recommended_samples")

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # whoever only reads the tags needs no torch
-    from svend.pipeline.job import Job
-    from svend.pipeline.validation import Measurement, ValidationResult
-    from svend.tracking.registry import RegisteredVersion
-    from svend.training.state import Horizon
-
-# Tags: of a ladder's own run; of a rung's, with the ladder's name, the rung and its trend; of a run
-# that only tries a rung's learning rate.
-LADDER_NAME_TAG = "svend.ladder.name"
-LADDER_TAG, RUNG_TAG, TREND_TAG = "svend.ladder", "svend.ladder.rung", "svend.ladder.verdict"
-STRESS_TAG = "svend.ladder.stress"
+from svend.pipeline.job import Job
+from svend.pipeline.validation import Measurement, ValidationResult
+from svend.tracking.registry import RegisteredVersion
+from svend.training.state import Horizon
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,7 @@ from svend.tracking.registry import RegisteredVersion
 # A line per step and every verdict at DEBUG, under the name that users know.
 run_logger = logging.getLogger("svend.pipeline.runner")
 PLAIN_LINE_SECONDS = 10.0
+COMPILING = "compiling one block for all"
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
 
@@ -175,9 +176,14 @@ def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
 
 
 class TrainingProgress(TerminalBar):
-    """A progress bar on a terminal; a plain line every few seconds elsewhere."""
+    """A progress bar on a terminal; a plain line every few seconds elsewhere.
 
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+    compiles_after: the step behind which the blocks are compiled, None where they are not.
+    """
+
+    def __init__(
+        self, console: Console, total_steps: int, first_step: int, compiles_after: int | None = None
+    ) -> None:
         super().__init__(
             console, BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
             _StatusColumn(self), transient=False,
@@ -186,7 +192,8 @@ class TrainingProgress(TerminalBar):
         self._first = first_step
         self._started = time.monotonic()
         self._line_shown = self._started
-        self._status = ""
+        self._compiles_after = compiles_after
+        self._status = COMPILING if compiles_after == first_step else ""
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
 
     def advance(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
@@ -198,6 +205,8 @@ class TrainingProgress(TerminalBar):
             self._status = (
                 f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {format_seconds(left)} left"
             )
+        if step == self._compiles_after:
+            self._status = f"{self._status}  {COMPILING}".lstrip()
         self._bar.update(self._task, completed=step)
         plain = not self._console.is_terminal
         if plain and (now - self._line_shown > PLAIN_LINE_SECONDS or step in (1, self._total)):

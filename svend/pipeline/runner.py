@@ -48,7 +48,7 @@ from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.ranks import Place, find_place
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import end_joined_run, joined_experiment_name
-from svend.training.loop import StepMetrics
+from svend.training.loop import StepMetrics, runs_uncompiled
 from svend.training.parallel import join_ranks
 from svend.training.profiling import profiled_steps
 
@@ -286,7 +286,11 @@ class ScaleRunner:
         gatekeeper, log = self._gatekeeper, StepLog(job, self._console)
         self._begin(job, signals)
         save_due = False
-        progress = TrainingProgress(self._console, total_steps, job.state.step)
+        compiles_after = None
+        if job.plan.compile:
+            first = job.state.step + 1
+            compiles_after = first if runs_uncompiled(first, job.state.device) else job.state.step
+        progress = TrainingProgress(self._console, total_steps, job.state.step, compiles_after)
         with progress, signals.deferred():
             for metrics in self._steps(job):
                 if math.isnan(job.start_seconds):

@@ -29,7 +29,7 @@ from svend.pipeline.benchmarking import (
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.loading import CONFIG_FILE, MODEL_FACTORY, OWN_SOURCES, names_code
-from svend.pipeline.moves import Moves, open_verified
+from svend.pipeline.moves import Moves
 from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.record import (
     EVALUATION_ARTIFACTS,
@@ -39,6 +39,7 @@ from svend.pipeline.record import (
 )
 from svend.pipeline.report import make_console, verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
+from svend.pipeline.verified_version import open_verified
 from svend.pipeline.version_files import (
     TOKENIZER,
     WEIGHTS,

@@ -75,7 +75,7 @@ def load_version_model(
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: does not fit the architecture in its {CONFIG_FILE} "
-            f"({' '.join(str(error).split())[:200]}); where a factory made the model, give it as "
+            f"({one_line(error)[:200]}); where a factory made the model, give it as "
             "--model_factory file.py:function"
         ) from None
     # Of a run with weights in bf16, too: wider, and the same numbers.

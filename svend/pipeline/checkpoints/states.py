@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svend import cuda
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, one_line
 from svend.models.shards import is_sharded
 from svend.pipeline.checkpoints.metadata import EXTRA_STATE, Checkpoint
 from svend.pipeline.checkpoints.sharded import PartialSave, read_state_of
@@ -142,7 +142,7 @@ def load_parts(
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path / name}.pt does not fit this {name}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{one_line(error)[:300]}"
             ) from None
     return checkpoint.step, checkpoint.epoch, extra_state
 

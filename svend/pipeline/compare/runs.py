@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from svend.pipeline.config import ModelConfig
-from svend.pipeline.nested import LADDER_TAG, TREND_TAG
+from svend.pipeline.tags import LADDER_TAG, TREND_TAG
 from svend.tracking.history import LoggedRun, read_artifact
 from svend.tracking.runs import metric_history
 

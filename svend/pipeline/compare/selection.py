@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svend.errors import ConfigError, TrackingError
-from svend.pipeline.nested import LADDER_NAME_TAG, STRESS_TAG
+from svend.pipeline.tags import LADDER_NAME_TAG, STRESS_TAG
 from svend.tracking.history import (
     LoggedRun,
     find_run,

@@ -19,7 +19,7 @@ from svend.errors import (
     UserError,
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
-from svend.pipeline.ladder.below import PARENT_SCALE, find_below
+from svend.pipeline.ladder.below import find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
 from svend.pipeline.ladder.rung import RungRun, StressRun
@@ -36,13 +36,13 @@ from svend.pipeline.ladder.trend import (
     backtest_bound,
     prediction_gates,
 )
-from svend.pipeline.nested import LADDER_NAME_TAG, LADDER_TAG, RUNG_TAG, STRESS_TAG
 from svend.pipeline.outcome import Ending
 from svend.pipeline.own_model import ModelFactory, find_model_factory
 from svend.pipeline.report import make_console, say, show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.run_model import planned_model
 from svend.pipeline.runner import PipelineResult, ScaleRunner
+from svend.pipeline.tags import LADDER_NAME_TAG, LADDER_TAG, PARENT_SCALE_TAG, RUNG_TAG, STRESS_TAG
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
@@ -273,7 +273,7 @@ class LadderClimb:
         tags = {LADDER_TAG: self._name, RUNG_TAG: attempt.scale.value,
                 "svend.ladder.attempt": str(attempt.number)}
         if history and history[-1].run_id is not None:
-            tags[PARENT_SCALE] = history[-1].run_id
+            tags[PARENT_SCALE_TAG] = history[-1].run_id
         if history and history[-1].override is not None:
             tags["svend.ladder.rests_on_override"] = history[-1].override.reason
         return RungRun(

@@ -21,8 +21,9 @@ from svend.pipeline.ladder.trend import (
     Trend,
     judge_early,
 )
-from svend.pipeline.nested import TREND_TAG, NestedRun
+from svend.pipeline.nested import NestedRun
 from svend.pipeline.schema import to_tree
+from svend.pipeline.tags import TREND_TAG
 from svend.pipeline.validation import Measurement, ValidationResult
 from svend.planning.scaling_law import (
     Point,

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from svend.pipeline.groups import ModelScale, read_group
 from svend.pipeline.options.defaults import require
 
+# What MLflow refuses in the name of a model or of a checkpoint, and @, which parts name and alias.
+REFUSED_IN_NAMES = "/:.%\"'@"
+LONGEST_NAME = 200  # its column in MLflow's database takes 256, with the step behind it
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -49,8 +53,14 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ConfigError for a shape that no transformer has, or a name no registry takes."""
-        require(bool(self.name.strip()) and not set(self.name) & set("/:@"), "model.name",
-                repr(self.name), "a name without /, : and @, for the registry")
+        name = self.name
+        require(
+            bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_NAME
+            and not set(name) & set(REFUSED_IN_NAMES),
+            "model.name", repr(name[:LONGEST_NAME]),
+            f"a name of up to {LONGEST_NAME} characters without {' '.join(REFUSED_IN_NAMES)}, "
+            "which the registry takes",
+        )
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
                      "num_key_value_heads", "intermediate_size", "max_position_embeddings"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")

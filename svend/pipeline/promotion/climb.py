@@ -20,7 +20,6 @@ from svend.pipeline.moves import (
     Moves,
     Registration,
     definition_sha256,
-    verify_files,
 )
 from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
@@ -28,11 +27,11 @@ from svend.pipeline.promotion.standing import (
     check_aliases,
     finish_moves,
     newest_below,
-    open_registered,
 )
 from svend.pipeline.record import record_verdicts
 from svend.pipeline.report import verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
+from svend.pipeline.verified_version import open_registered, open_verified, verify_files
 from svend.pipeline.version_evaluation import tags_of_run_about
 from svend.tracking.run import TrackedRun
 
@@ -237,11 +236,9 @@ def override(model: str, version: str | None, to: GateLevel, reason: str, consol
         raise UserError(f"override: the reason has {len(reason)} characters, {MAX_REASON} at most")
     moves = Moves.find(model)
     finish_moves(moves, console)
-    history = moves.history()
     if version is None:
         raise UserError("override: needs the version; the newest is no choice to make in a hurry")
-    opened, registration = open_registered(model, history, version)
-    verify_files(opened, registration)
+    open_verified(f"models:/{model}/{version}")
     return moves.add(
         Move(kind=MoveKind.OVERRIDDEN, version=version, level=to, reason=reason.strip())
     )
@@ -260,8 +257,7 @@ def roll_back(model: str, level: GateLevel, reason: str | None, console: Console
             f"{model}: version {present.version} is the first that is {level.value}; there is none "
             "to go back to"
         )
-    opened, registration = open_registered(model, history, former.version)
-    verify_files(opened, registration)
+    open_verified(f"models:/{model}/{former.version}")
 
     def still_right(now: History) -> None:
         holder = now.holder(level)

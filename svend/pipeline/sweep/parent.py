@@ -35,13 +35,13 @@ from svend.pipeline.sweep.liveness import LOOKS_IN_SILENCE
 from svend.pipeline.sweep.options import Sampler, Sweep
 from svend.pipeline.sweep.processes import WorkerProcesses
 from svend.pipeline.sweep.report import record_sweep, rules_table, trials_table
+from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import (
     ABANDONED,
     FINISHED,
     PARENT_RUN,
     RUN,
     TASK,
-    Place,
     SweepStudy,
     name_of,
 )

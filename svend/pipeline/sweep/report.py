@@ -22,7 +22,8 @@ from svend.pipeline.hyperparameters import HYPERPARAMETERS, FoundAt, Hyperparame
 from svend.pipeline.report import format_value
 from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured, Rule
 from svend.pipeline.sweep.options import Sweep
-from svend.pipeline.sweep.study import REASON, RUN, Place, SweepStudy, origin_of
+from svend.pipeline.sweep.storage import Place
+from svend.pipeline.sweep.study import REASON, RUN, SweepStudy, origin_of
 from svend.tracking.environment import environment_tags
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import tags_of

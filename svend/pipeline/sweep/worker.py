@@ -26,12 +26,12 @@ from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.sweep.liveness import Heartbeat
 from svend.pipeline.sweep.options import Sweep, Value
+from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import (
     ABANDONED,
     REASON,
     RUN,
     TASK,
-    Place,
     SweepStudy,
     name_of,
     suggest,
