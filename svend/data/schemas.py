@@ -11,14 +11,16 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from svend.data.documents import Document, Message, Role, conversation, dump_json
-from svend.data.records import Record
+from svend.data.records import Record, file_digest
 from svend.errors import ConfigError
 
 ToDocument = Callable[[Record], Document]
+OWN_MODULES = "svend."
 SPEAKERS = {"system": Role.SYSTEM, "human": Role.USER, "user": Role.USER, "gpt": Role.ASSISTANT,
             "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 
@@ -93,18 +95,20 @@ def text_document(record: Record) -> Document:
 
 
 def find_schema(reference: str) -> ToDocument:
-    """Return the function that `module:function` or `file.py:function` names."""
+    """Return the function that `module:function` or `file.py:function` names.
+
+    Of a user's module as its file is now, whatever was imported of it before.
+    """
     place, _, name = reference.rpartition(":")
     try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser().resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)  # its dataclasses look themselves up there
-            spec.loader.exec_module(module)
-        else:
+        if place.startswith(OWN_MODULES):
             module = importlib.import_module(place)
+        else:
+            spec = _spec_of(place)
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)  # its dataclasses look themselves up there
+            spec.loader.exec_module(module)
         found: ToDocument = getattr(module, name)
     except Exception as error:
         raise ConfigError(
@@ -112,6 +116,25 @@ def find_schema(reference: str) -> ToDocument:
             f"({type(error).__name__}: {error}); give file.py:function or module:function"
         ) from error
     return found
+
+
+def schema_digest(reference: str) -> str:
+    """Return what names the code that makes documents: a user's file by its content."""
+    place, _, name = reference.rpartition(":")
+    origin = None if place.startswith(OWN_MODULES) else _spec_of(place).origin
+    return reference if origin is None else f"{file_digest(Path(origin))}:{name}"
+
+
+def _spec_of(place: str) -> ModuleSpec:
+    """Return where a module is, given by its file or its name; raises ImportError for none."""
+    if place.endswith(".py"):
+        path = Path(place).expanduser().resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+    else:
+        spec = importlib.util.find_spec(place)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named '{place}'")
+    return spec
 
 
 def _speaker(name: str) -> Role:
