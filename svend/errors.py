@@ -27,6 +27,10 @@ class TrackingError(UserError, RuntimeError):
     """The tracking store cannot be reached or written."""
 
 
+class PermissionRefused(TrackingError):
+    """The tracking server knows who asks, and does not let them do that."""
+
+
 class GateFailure(UserError, RuntimeError):
     """A required gate failed under strict validation."""
 

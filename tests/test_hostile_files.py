@@ -644,6 +644,27 @@ def test_a_registered_config_makes_no_objects(
         assert "config.yaml: could not determine a constructor" in line, command
 
 
+def test_a_factory_that_a_registered_config_names_is_run_only_where_it_is_given_by_hand(
+    registry: Path, tmp_path: Path, marker: Path, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = model_of(request)
+    code = own_code(tmp_path, marker)["to_document"]
+    config = load_config({}, [*DEBUG_OVERRIDES.items(), ("model_factory", code)])
+    register(registry, model, {"config.yaml": to_yaml(config).encode()})
+    commands = commands_on(model)
+    del commands["train"], commands["promote"]  # takes the weights alone; begins a run of its own
+    # Leave to read data by one's own code is none to make a model by it.
+    commands["of other code"] = [*commands["evaluate"], "--data.own_sources", "[]"]
+    for command, arguments in commands.items():
+        line = refusal_of(arguments, registry, capsys)
+        assert "is not run unasked; if you trust it, give --model_factory" in line, command
+    assert not marker.exists()
+    with pytest.raises(ConfigError, match=r"cannot be loaded"):  # has no such function: it was run
+        load_version(f"models:/{model}/1", [("model_factory", code)])
+    marker.rmdir()
+
+
 def test_code_that_a_registered_config_names_is_run_only_where_it_is_given_by_hand(
     registry: Path, tmp_path: Path, marker: Path, request: pytest.FixtureRequest,
 ) -> None:

@@ -23,6 +23,7 @@ from svend.models.quantization import measure_quantization_loss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelScale, Precision, get_model_config
 from svend.pipeline.version_evaluation import heldout_texts, load_version
+from svend.pipeline.version_files import answering_model
 
 Report = Callable[[str], None]
 OURS, OURS_INT8 = "svend bf16", "svend int8"
@@ -78,7 +79,8 @@ def load_model(
     """Return a version's model with held-out texts, or a scale's with random weights and none."""
     if model_uri is not None:
         loaded = load_version(model_uri)
-        return loaded.model, heldout_texts(loaded, HELDOUT_TEXTS, report)
+        model = answering_model(loaded.model, "bench generate")
+        return model, heldout_texts(loaded, HELDOUT_TEXTS, report)
     torch.manual_seed(0)
     config = TransformerConfig.from_model_config(get_model_config(scale))
     return ReasoningTransformer(config).eval(), []

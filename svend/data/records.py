@@ -6,6 +6,7 @@ read whole and may have LARGEST_ARRAY_BYTES.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -68,6 +69,10 @@ def parse_row(row: Any) -> Record:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
+        if row.strip() in (b"{", b"["):
+            raise RowError(
+                "not JSON on one line: the record goes on over several; write each on one"
+            ) from None
         raise RowError(f"not JSON ({error}); mend or remove the line") from None
     if not isinstance(parsed, dict):
         raise RowError(
@@ -91,6 +96,11 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
+
+
+def check_suffix(path: Path) -> None:
+    """Raise DataError for a file of a kind that is not read."""
+    _reader(path)
 
 
 def find_split(folder: Path, *names: str) -> list[Path]:
@@ -162,7 +172,7 @@ def _json_lines(path: Path) -> Iterator[Chunk]:
     number = 1
     with _opened(path) as stream:
         while block := stream.read(CHUNK_BYTES + 1):
-            if number == 1 and block.lstrip().startswith(b"["):
+            if number == 1 and block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 yield from _json_array(path, block + stream.read(LARGEST_ARRAY_BYTES))
                 return
             if not block.endswith(b"\n"):
@@ -252,7 +262,7 @@ def _paragraphs(path: Path) -> Iterator[Chunk]:
         with path.open("rb") as stream:
             for line_number, line in enumerate(stream, start=1):
                 try:
-                    text = line.decode()
+                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(
                         f"{path}:{line_number}: not UTF-8 at byte {error.start} of the line; save "
