@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from svend import __version__
 from svend.data.corpus import Corpus
 from svend.data.stream import PackedSequences
 from svend.pipeline.benchmarking import Evaluation, measured_how
@@ -218,6 +219,7 @@ def register_version(
     )
     tags = {
         "svend.run_id": tracked.run_id,
+        "svend.version": __version__,
         CHECKPOINT_TAG: checkpoint.weights_sha256,
         "svend.data_fingerprint": corpus.fingerprint,
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
@@ -306,7 +308,7 @@ def _lineage_note(
         "weights": f"step {checkpoint.step}, held-out loss {loss:.4f}, checkpoint "
                    f"`{checkpoint.weights_sha256[:16]}`",
         "run": f"`{tracked.run_id}`, with config.yaml, verdicts.html and the evaluations below it",
-        "commit": f"`{tags.get('svend.git_commit', 'none')}`{dirty}",
+        "commit": f"`{tags.get('svend.git_commit', 'none')}`{dirty}, Svend {__version__}",
         "data": f"{config.training.data.recipe}, fingerprint `{corpus.fingerprint[:16]}`, "
                 f"tokenizer `{corpus.tokenizer.sha256[:16]}`",
         "run of the scale below": f"`{tags.get('svend.parent_scale_run_id', 'none')}`",
