@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 # mlflow run --env-manager local runs the `python` that it finds first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run demo test test-slow check clean
+.PHONY: run demo test coverage test-slow check clean
 
 run: .venv/installed
 	mlflow run . --env-manager local -P scale=tiny
@@ -13,6 +13,12 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
+
+coverage: .venv/installed
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 python -m coverage run -m pytest -m "not slow" -n 2 --dist worksteal
+	python -m coverage combine --quiet
+	python -m coverage report
 
 test-slow: .venv/installed
 	python -m pytest -m slow
