@@ -24,6 +24,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("hf",), default="hf", help="Hugging Face transformers")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="left out: NAME-vVERSION-hf")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    parser.add_argument("--model_factory", metavar="FILE.py:FUNCTION",
+                        help="that made the version's model, a ReasoningTransformer")
 
 
 def add_import_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def run_export(known: argparse.Namespace) -> None:
     print("starting: loading torch and mlflow", flush=True)
     from svend.pipeline.exchange import export_version
 
-    folder = export_version(known.uri, known.folder, known.dtype)
+    folder = export_version(known.uri, known.folder, known.dtype, known.model_factory)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"wrote {folder} ({size / 1e6:.0f} MB, {known.dtype}); its weights were read back and are "

@@ -12,6 +12,7 @@ from svend.pipeline.hyperparameters import (
     fetch_hyperparameters,
     locate_hyperparameters,
 )
+from svend.pipeline.own_model import describe_model, find_model_factory, make_model
 from svend.pipeline.report import make_console, show_preview
 from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_model import planned_model
@@ -26,7 +27,8 @@ def preview_run(config: PipelineConfig) -> None:
     """
     console = make_console()
     config = config.resolve()
-    training, model = config.training, planned_model(config, None)
+    factory = find_model_factory(config)
+    training, model = config.training, planned_model(config, factory)
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
     config = replace(config, training=training)
@@ -41,8 +43,13 @@ def preview_run(config: PipelineConfig) -> None:
         )
         training, carried = carry(found, config, total_steps)
         config = replace(config, training=training)
+    own, size = "", size_run(training, model, total_steps)
+    if factory is not None:
+        made = make_model(factory, config, on_meta=True)
+        own = describe_model(made, factory, config)
+        size = replace(size, parameters=sum(p.numel() for p in made.parameters()))
     show_preview(
-        console, config, size_run(training, model, total_steps),
+        console, config, size,
         predict_memory_on(model, training, device), available_bytes(device),
-        describe_device(device), carried,
+        describe_device(device), carried, own,
     )

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from svend import __version__
-from svend.errors import ConfigError
+from svend.errors import ConfigError, PermissionRefused
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
 from svend.pipeline.compare.report import comparability_line, comparison_html, count_runs
@@ -24,9 +24,9 @@ from svend.pipeline.compare.runs import (
 )
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
 from svend.pipeline.outcome import ended_as_left
+from svend.pipeline.tags import NOTE_TAG
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.pages import (
     compare_page,
     is_local,
@@ -36,6 +36,7 @@ from svend.tracking.pages import (
 )
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, configure_mlflow, joined_experiment_name, store_uri
+from svend.tracking.store_errors import told_by_the_store
 
 PAGE, TABLE, CURVES = "comparison.html", "comparison", "curves.parquet"
 RUN_NAME = "comparison"
@@ -46,7 +47,7 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
     """Write the report of the runs into a folder, log it, and return the page.
 
     Raises UserError where a run is unknown or has no loss, or the folder cannot be written;
-    nothing is written then.
+    nothing is written then. A user who may only read has the files, and the store has no run.
     """
     configure_mlflow()
     _check_folder(out)
@@ -61,11 +62,15 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
         folder = Path(place)
         _write(comparison, folder, pages)
         _put(folder, out)
-        with told_by_the_store(f"{out / PAGE}, written but not logged"):
-            run_id = _log(folder, experiment, runs, comparison)
-            for experiment_id in {run.experiment_id for run in runs}:
-                prepare_scales_view(experiment_id)
-    _say(Console(highlight=False), comparison, out, run_id, pages)
+        try:
+            with told_by_the_store(f"{out / PAGE}, written but not logged"):
+                logged = f"run {_log(folder, experiment, runs, comparison)}"
+                for experiment_id in {run.experiment_id for run in runs}:
+                    prepare_scales_view(experiment_id)
+        except PermissionRefused as refused:
+            # Who may only read may compare, and has the files.
+            logged = f"no: {refused}"
+    _say(Console(highlight=False), comparison, out, logged, pages)
     return out / PAGE
 
 
@@ -129,7 +134,7 @@ def _log(
         tracked.set_tags({
             **environment_tags(),
             COMPARISON: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
-            "mlflow.note.content": comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
+            NOTE_TAG: comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
         })
         tracked.log_artifacts(folder, RUN_NAME)
         tracked.flush()
@@ -149,7 +154,7 @@ def _pages(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
 
 
 def _say(
-    console: Console, comparison: Comparison, out: Path, run_id: str,
+    console: Console, comparison: Comparison, out: Path, logged: str,
     pages: Sequence[tuple[str, str]],
 ) -> None:
     """Print what the report says first, where it is, and what to type next."""
@@ -159,7 +164,7 @@ def _say(
         ("", comparability_line(comparison.runs)),
         ("report", str((out / PAGE).absolute())),
         ("table", f"{TABLE}.csv, {TABLE}.parquet and {CURVES} beside it"),
-        ("logged", f"run {run_id}"),
+        ("logged", logged),
         *pages,
     ]
     for label, text in lines:
