@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from svend.bench.faults import Outcome
-from svend.pipeline.report import make_console
+from svend.pipeline.console import make_console
 
 
 def is_as_it_should(outcome: Outcome) -> bool:

@@ -1,8 +1,7 @@
-"""The plan of a run on GPUs that are not here, as tables and as JSON."""
+"""The plan of a run on GPUs that are not here, as tables and as figures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from svend.pipeline.config import PipelineConfig, TrainingConfig, format_count
-from svend.pipeline.report import format_seconds, make_console, say
+from svend.pipeline.console import make_console, say
+from svend.pipeline.report import format_seconds
 from svend.planning.gpu_plan import GpuPlan, plan_on_gpus
 from svend.planning.gpus import find_gpu
 from svend.planning.search import Combination
@@ -26,11 +26,10 @@ def preview_on_gpus(
     mfu: float,
     tokens: int | None,
     dollars_per_gpu_hour: float | None,
-    as_json: bool,
-) -> None:
+) -> list[dict[str, Any]]:
     """Print the plan of one configuration whole, or of several as lines of one table.
 
-    Nothing of this machine is looked at, and no data are read.
+    Nothing of this machine is looked at, and no data are read. Returns the figures of each.
     """
     gpu = find_gpu(gpu_name)
     plans = []
@@ -41,15 +40,13 @@ def preview_on_gpus(
             resolved.model, resolved.training, gpu, gpus=gpus, mfu=mfu, tokens=tokens
         ))
     console = make_console()
-    if as_json:
-        rows = [_as_json(plan, dollars_per_gpu_hour) for plan in plans]
-        say(console, json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
-    elif len(plans) > 1:
+    if len(plans) > 1:
         console.print(_scales_table(plans, dollars_per_gpu_hour))
         for line in _notes(plans):
             say(console, line)
     else:
         _show_one(console, plans[0], dollars_per_gpu_hour)
+    return [_figures(plan, dollars_per_gpu_hour) for plan in plans]
 
 
 def _show_one(console: Console, plan: GpuPlan, dollars: float | None) -> None:
@@ -198,7 +195,7 @@ def _cheapest_of(plan: GpuPlan) -> str:
     return f"the cheapest that does takes {one.devices} GPUs: {' '.join(one.changes)}"
 
 
-def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
+def _figures(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
     seconds = plan.seconds_of(plan.training, plan.gpus)
     return {
         "model": plan.model.name,
@@ -212,7 +209,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
         "gpus": plan.gpus,
         "shards": plan.shards,
         "fits": plan.fits,
-        **_settings_as_json(plan.training),
+        **_settings(plan.training),
         "memory_bytes": plan.memory.parts() | {"total": plan.memory.total},
         "guide_memory_gb": plan.model.train_memory_gb,
         "one_gpu_total_bytes": plan.memory_of_one.total,
@@ -223,7 +220,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
         "dollars": None if dollars is None else dollars * plan.gpu_hours,
         "fitting": [
             {
-                "gpus": one.devices, "shards": one.shards, **_settings_as_json(one.training),
+                "gpus": one.devices, "shards": one.shards, **_settings(one.training),
                 "total_bytes": one.memory.total,
                 "gpu_hours": plan.seconds_of(one.training, one.devices) * one.devices / 3600,
                 "changes": list(one.changes),
@@ -233,7 +230,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
     }
 
 
-def _settings_as_json(training: TrainingConfig) -> dict[str, Any]:
+def _settings(training: TrainingConfig) -> dict[str, Any]:
     return {
         "weight_precision": training.weight_precision.value,
         "moment_precision": training.moment_precision.value,

@@ -31,6 +31,7 @@ from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.config import ModelConfig, PipelineConfig, Precision, TrainingConfig
+from svend.pipeline.console import say
 from svend.pipeline.crew import Crew
 from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
@@ -53,7 +54,6 @@ from svend.pipeline.replica import (
     load_state,
     take_start,
 )
-from svend.pipeline.report import say
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult

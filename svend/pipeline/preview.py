@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from svend.data.corpus import build_corpus
 from svend.data.stream import PackedSequences
 from svend.device import available_bytes, describe_device, resolve_device, resolve_precision
 from svend.pipeline.benchmarking import evaluation_sets
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.console import make_console
 from svend.pipeline.hyperparameters import (
     Carried,
     carry,
@@ -16,12 +18,14 @@ from svend.pipeline.hyperparameters import (
     locate_hyperparameters,
 )
 from svend.pipeline.job import planned_model, steps_over
-from svend.pipeline.report import make_console, show_preview
+from svend.pipeline.report import show_preview
 from svend.planning.plan import predict_memory_on, size_run
 
 
-def preview_run(config: PipelineConfig) -> None:
+def preview_run(config: PipelineConfig) -> dict[str, Any]:
     """Print what a run of this configuration would do, and what becomes of a sweep's values.
+
+    Returns the figures.
 
     Data are read only where `training.max_steps` leaves the number of steps to them; what is
     tokenised then is kept for the run. Raises UserError for what the user can mend.
@@ -48,8 +52,16 @@ def preview_run(config: PipelineConfig) -> None:
         )
         training, carried = carry(found, config, total_steps)
         config = replace(config, training=training)
-    show_preview(
-        console, config, size_run(training, model, total_steps),
-        predict_memory_on(model, training, device), available_bytes(device),
-        describe_device(device), carried,
-    )
+    size = size_run(training, model, total_steps)
+    memory = predict_memory_on(model, training, device)
+    available = available_bytes(device)
+    show_preview(console, config, size, memory, available, describe_device(device), carried)
+    return {
+        "model": model.name, "scale": training.model_scale, "preset": config.preset,
+        "parameters": size.parameters, "steps": size.total_steps, "tokens": size.tokens,
+        "tokens_per_step": size.tokens_per_step, "flops": size.flops,
+        "flops_per_token": size.flops_per_token, "device": describe_device(device),
+        "precision": training.precision, "peak_memory_bytes": memory.total,
+        "available_memory_bytes": available, "fits": memory.total <= available,
+        "hyperparameters": carried,
+    }

@@ -26,20 +26,8 @@ from svend.planning.plan import RunPlan, RunSize
 from svend.tracking.pages import is_local, run_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
-PLAIN_LINE_SECONDS = 10.0
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
-
-
-def make_console() -> Console:
-    """Return the console; a pipe gets plain text wide enough for the tables."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=110)
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is, from whichever thread."""
-    console.print(line, markup=False, soft_wrap=True)
 
 
 def show_plan(
@@ -154,15 +142,15 @@ def _memory_text(memory: MemoryPlan, available_bytes: int) -> str:
     return f"about {memory.total / 1e9:.1f} GB of {available_bytes / 1e9:.1f} GB available"
 
 
-def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
-    """Print each check as it is decided; return whether all passed."""
-    passed = True
+def show_checks(console: Console, results: Iterable[CheckResult]) -> list[CheckResult]:
+    """Print each check as it is decided; return them all."""
+    shown = []
     for result in results:
         mark = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
         console.print(f"{mark}  {result.name:<20}  ", end="")
         console.print(result.detail, markup=False, soft_wrap=True)
-        passed = passed and result.passed
-    return passed
+        shown.append(result)
+    return shown
 
 
 class TrainingProgress(TerminalBar):
@@ -176,7 +164,6 @@ class TrainingProgress(TerminalBar):
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
-        self._line_shown = self._started
         self._status = ""
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
 
@@ -190,10 +177,8 @@ class TrainingProgress(TerminalBar):
                 f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {format_seconds(left)} left"
             )
         self._bar.update(self._task, completed=step)
-        plain = not self._console.is_terminal
-        if plain and (now - self._line_shown > PLAIN_LINE_SECONDS or step in (1, self._total)):
-            self._console.print(f"step {step}/{self._total}  {self._status}")
-            self._line_shown = now
+        self.show_line(f"step {step}/{self._total}  {self._status}",
+                       at_once=step in (1, self._total))
 
     @property
     def status(self) -> str:

@@ -34,6 +34,7 @@ from svend.pipeline.benchmarking import evaluate_model
 from svend.pipeline.branches import find_branch, follow_branch, horizon_at, record_horizon
 from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
 from svend.pipeline.config import Branch, ModelScale, PipelineConfig
+from svend.pipeline.console import make_console, say
 from svend.pipeline.crew import Crew, Farewell, stay_for_orders
 from svend.pipeline.divergence import (
     Divergence,
@@ -46,7 +47,7 @@ from svend.pipeline.divergence import (
 from svend.pipeline.drive_copier import mount_google_drive
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.health import HEALTH_TAG, HealthFigures, HealthMonitor
-from svend.pipeline.infrastructure import InfrastructureChecks
+from svend.pipeline.infrastructure import CheckResult, InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import (
     Job,
@@ -77,8 +78,6 @@ from svend.pipeline.replica import (
 )
 from svend.pipeline.report import (
     TrainingProgress,
-    make_console,
-    say,
     show_checks,
     show_measured,
     show_next_steps,
@@ -301,12 +300,17 @@ class ScaleRunner:
 
     def validate_infrastructure(self) -> bool:
         """Try what really breaks runs, print a line for each, and return whether all passed."""
+        return all(check.passed for check in self.check_infrastructure())
+
+    def check_infrastructure(self) -> list[CheckResult]:
+        """Try what really breaks runs, print a line for each, and return them."""
         try:
             config = self.config.resolve()
             mount_google_drive(Path(config.checkpoint_dir).expanduser())
         except UserError as error:
-            self._console.print(f"FAIL  configuration  {error}", markup=False, soft_wrap=True)
-            return False
+            return show_checks(
+                self._console, [CheckResult("configuration", False, str(error))]
+            )
         keep_freed_memory()
         checks = InfrastructureChecks(
             config,

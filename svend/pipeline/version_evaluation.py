@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.console import Console
 
+from svend.command import tell_next
 from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
@@ -21,11 +23,12 @@ from svend.evaluation.measurement import Measurement
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
 from svend.pipeline.config import PipelineConfig, load_saved_config
+from svend.pipeline.console import make_console
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.loading import names_code
 from svend.pipeline.moves import Moves, registration_of, verify_files
 from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
-from svend.pipeline.report import make_console, verdict_table, verdicts_html
+from svend.pipeline.report import verdict_table, verdicts_html
 from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.pipeline.version_files import (
@@ -99,12 +102,12 @@ def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[l
 
 def evaluate_version(
     model_uri: str, benchmarks: Sequence[str], overrides: Sequence[tuple[str, str]]
-) -> None:
+) -> dict[str, Any]:
     """Measure benchmarks on a version, in a run of its own, and decide the levels they suffice for.
 
     The settings are those that the version was trained with, then `overrides`. What was measured
-    goes on record, where a promotion finds it; no alias moves. Raises UserError, in one line, for
-    what is missing or does not fit.
+    goes on record, where a promotion finds it; no alias moves. Returns what was measured and
+    decided. Raises UserError, in one line, for what is missing or does not fit.
     """
     console = make_console()
     asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")
@@ -128,11 +131,23 @@ def evaluate_version(
                 progress.advance,
             )
         record_evaluation(tracked, evaluation, step)
-        _decide(config, version, evaluation, Evidence(step, sha256, None, tracked.run_id),
-                tracked, console)
+        levels = _decide(config, version, evaluation,
+                         Evidence(step, sha256, None, tracked.run_id), tracked, console)
         status = "FINISHED"
     finally:
         tracked.end(status, None)
+    tell_next(f"promote --model {version.name} --version {version.version}")
+    return {
+        "model": version.name, "version": version.version, "run_id": tracked.run_id,
+        "checkpoint_sha256": sha256, "step": step, "levels": levels,
+        "measurements": {
+            metric: {
+                "value": measured.value, "sample_size": measured.sample_size,
+                **dict(zip(("low_95", "high_95"), measured.interval or (None, None), strict=True)),
+            }
+            for metric, measured in evaluation.measurements.items()
+        },
+    }
 
 
 def _measure_heldout(loaded: LoadedVersion, console: Console) -> HeldoutLoss:
@@ -164,8 +179,11 @@ def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
 def _decide(
     config: PipelineConfig, version: OpenedVersion, evaluation: Evaluation, evidence: Evidence,
     tracked: TrackedRun, console: Console,
-) -> None:
-    """Decide FULL and PRODUCTION where each of their metrics was measured; record the verdicts."""
+) -> dict[str, str]:
+    """Decide FULL and PRODUCTION where each of their metrics was measured; record the verdicts.
+
+    Returns what was decided of each level, in words.
+    """
     validator = PipelineValidator(
         config.strict_validation, gates=config.gates, thresholds=config.training.validation_gates
     )
@@ -193,10 +211,10 @@ def _decide(
     })
     console.print(
         f"recorded in run {tracked.run_id} (artifacts under {EVALUATION_ARTIFACTS}/) and in the "
-        f"tags of {version.name} version {version.version}; no alias was moved: svend promote "
-        f"--model {version.name} --version {version.version} --to LEVEL does, by what is on record",
-        soft_wrap=True,
+        f"tags of {version.name} version {version.version}; no alias was moved: a promotion does, "
+        "by what is on record", soft_wrap=True,
     )
+    return {name.removeprefix("svend.evaluation."): told for name, told in decided.items()}
 
 
 def _figure(measured: Measurement) -> str:

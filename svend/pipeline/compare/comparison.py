@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from svend.pipeline.compare.runs import (
     runs_frame,
 )
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
+from svend.pipeline.console import make_console
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
 from svend.tracking.ledger import told_by_the_store
@@ -41,8 +43,8 @@ RUN_NAME = "comparison"
 FILES = (PAGE, f"{TABLE}.parquet", f"{TABLE}.csv", CURVES, *(f"{f.name}.png" for f in DRAWN))
 
 
-def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
-    """Write the report of the runs into a folder, log it, and return the page.
+def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> dict[str, Any]:
+    """Write the report of the runs into a folder, log it, and return where it is and the table.
 
     Raises UserError where a run is unknown or has no loss, or the folder cannot be written;
     nothing is written then.
@@ -64,8 +66,11 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
             run_id = _log(folder, experiment, runs, comparison)
             for experiment_id in {run.experiment_id for run in runs}:
                 prepare_scales_view(experiment_id)
-    _say(Console(highlight=False), comparison, out, run_id, pages)
-    return out / PAGE
+    _say(make_console(), comparison, out, run_id, pages)
+    return {
+        "report": (out / PAGE).absolute(), "folder": out.absolute(), "run_id": run_id,
+        "left_out": comparison.left_out, "runs": comparison.runs.to_dict("records"),
+    }
 
 
 def read_comparison(

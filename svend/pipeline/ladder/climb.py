@@ -19,6 +19,7 @@ from svend.errors import (
     UserError,
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.console import make_console, say
 from svend.pipeline.job import planned_model
 from svend.pipeline.ladder.below import PARENT_SCALE, find_below
 from svend.pipeline.ladder.display import standing_table
@@ -38,7 +39,7 @@ from svend.pipeline.ladder.trend import (
     prediction_gates,
 )
 from svend.pipeline.replica import ModelFactory
-from svend.pipeline.report import make_console, say, show_next_steps
+from svend.pipeline.report import show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.validation import ValidationGate, ValidationResult
