@@ -14,7 +14,7 @@ from svend import __version__, completion_command
 from svend.answers import to_json
 from svend.bench import chaos_command, coordcheck_command
 from svend.bench import command as bench_command
-from svend.command import Call, Command, CommandParser, Takes, call_of
+from svend.command import Call, Command, CommandParser, HelpFormatter, Takes, call_of
 from svend.errors import ConfigError, Interrupted, UserError, one_line
 from svend.pipeline import (
     evaluate_command,
@@ -92,11 +92,11 @@ def make_parser() -> CommandParser:
     """Return the parser of all commands."""
     parser = CommandParser(
         prog="svend", usage="svend [-h] [--version] COMMAND ...", description=_overview(),
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES.strip(), formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"svend {__version__}")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="svend",
+        dest="top", required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="svend",
     )
     for command in COMMANDS:
         command.add_to(commands)
@@ -123,13 +123,13 @@ def parse(words: Sequence[str]) -> Call:
     parsed, rest = make_parser().parse_known_args(words)
     command: Command = parsed.command
     if rest and command.takes is Takes.NOTHING:
-        name = parsed.name if parsed.name == command.name else f"{parsed.name} {command.name}"
+        name = command.name if parsed.top == command.name else f"{parsed.top} {command.name}"
         raise ConfigError(f"{name} takes no option {rest[0]}; see svend {name} --help")
     if rest:
         raise ConfigError(
             f"'{rest[0]}' is not an option: expected a form such as --key value"
         )
-    return call_of(parsed, words[words.index(parsed.name) + 1:])
+    return call_of(parsed, words[words.index(parsed.top) + 1:])
 
 
 def _code_of(words: Sequence[str]) -> int:

@@ -48,11 +48,17 @@ def offer(parser: argparse.ArgumentParser) -> None:
     """Answer the shell that asks, and end the process."""
     import argcomplete
 
+    declare_keys(parser)
+    argcomplete.autocomplete(parser)
+
+
+def declare_keys(parser: argparse.ArgumentParser) -> None:
+    """Declare the configuration's keys as options, where a command takes them: for completion only.
+    """
     for below in _parsers_below(parser):
         command: Command = below.get_default("command")
         if command.takes is not Takes.NOTHING:
             _add_keys(below, command)
-    argcomplete.autocomplete(parser)
 
 
 def _parsers_below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -71,11 +77,13 @@ def _add_keys(parser: argparse.ArgumentParser, command: Command) -> None:
     for prefix, section in command.sections.items():
         known |= {f"{prefix}.{key}": values for key, values in _keys_of(section)}
     for key, values in known.items():
-        for name in (key, key.removeprefix("training.")):
-            if name == key or name.startswith("data."):
-                action = parser.add_argument(f"--{name}", help=key)
-                if values:
-                    complete(action, values)
+        short = [key.removeprefix("training.")] if key.startswith("training.data.") else []
+        for name in (key, *short):
+            if f"--{name}" in parser._option_string_actions:
+                continue  # the command's own, such as --preset
+            action = parser.add_argument(f"--{name}", help=key)
+            if values:
+                complete(action, values)
 
 
 def _keys_of(schema: type) -> Iterator[tuple[str, list[str]]]:

@@ -38,7 +38,7 @@ def share(call: Call, read_config: Callable[[], PipelineConfig], *, once: bool) 
     # Here, what does not fit is said once, and at once.
     config = read_config()
     if place.size == 1:
-        return launch(processes, [call.options.name, *call.arguments], config.grace_seconds)
+        return launch(processes, [call.options.top, *call.arguments], config.grace_seconds)
     from svend.pipeline.runner import follow_runs
 
     try:

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from svend.command import Call, Command, Takes, complete, tell_loading
+from svend.command import Call, Command, Takes, complete, tell_loading, tell_next
 from svend.errors import ConfigError, one_line
 from svend.pipeline.config import load_config
 from svend.pipeline.interruption import EXIT_INTERRUPTED
@@ -50,12 +50,27 @@ def _run(call: Call) -> int:
     result = runner.run(resume=options.resume != "false", force=options.resume == "force")
     call.answer = _answer_of(result)
     if result.success:
+        _tell_next(result)
         return 0
+    if result.interrupted and not result.interrupted_at_once:
+        again = [] if options.resume != "false" else ["--resume"]
+        tell_next("train", call.words, *again)
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
     if result.interrupted_at_once:
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)  # not waiting for a save that is under way
     return EXIT_INTERRUPTED if result.interrupted else 1
+
+
+def _tell_next(result: PipelineResult) -> None:
+    registered = result.registered
+    if registered is None:
+        tell_next(f"compare {result.run_id}")
+    elif "full" in registered.aliases:
+        tell_next(f"promote --model {registered.name} --version {registered.version} "
+                  "--to production")
+    else:
+        tell_next(f"serve models:/{registered.name}/{registered.version}")
 
 
 def _answer_of(result: PipelineResult) -> dict[str, Any]:
