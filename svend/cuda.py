@@ -31,11 +31,6 @@ def use_device(number: int) -> None:
     torch.cuda.set_device(number)
 
 
-def used_device() -> int:
-    """Return the number of the device that "cuda" means here."""
-    return torch.cuda.current_device()
-
-
 def device_name(device: torch.device) -> str:
     """Return the card's name, such as NVIDIA H100 80GB HBM3."""
     return torch.cuda.get_device_name(device)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from svend.errors import ConfigError
+from svend.errors import ConfigError, one_line
 
-# What torchrun sets, and Slurm for the tasks of a step.
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# What Slurm sets for the tasks of a step.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 FIRST_PORT, PORTS = 20_000, 10_000
 
@@ -40,10 +40,16 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
         local_rank = _number(environment, "LOCAL_RANK", rank)
         return _checked(Place(rank, size, local_rank,
                               _number(environment, "LOCAL_WORLD_SIZE", size)))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         rank, size, local_rank = (_number(environment, name) for name in SLURM[:3])
         node = _number(environment, "SLURM_NODEID", 0)
-        return _checked(Place(rank, size, local_rank, _tasks_per_node(environment)[node]))
+        counts = _tasks_per_node(environment)
+        if not 0 <= node < len(counts):
+            raise ConfigError(
+                f"SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE tells of {len(counts)} "
+                "machines; start the processes by srun"
+            )
+        return _checked(Place(rank, size, local_rank, counts[node]))
     return Place()
 
 
@@ -66,20 +72,36 @@ def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> None:
                 "MASTER_ADDR is not set: start the processes by torchrun or srun, or set "
                 "MASTER_ADDR and MASTER_PORT to where the first of them can be reached"
             )
-        names = subprocess.run(
+        environment["MASTER_ADDR"] = _first_machine(nodes)
+    job = _number(environment, "SLURM_JOB_ID", 0) + _number(environment, "SLURM_STEP_ID", 0)
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+
+
+def _first_machine(nodes: str) -> str:
+    """Return the first of a list of machines in Slurm's form, `node[01-04]`."""
+    try:
+        told = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
         )
-        environment["MASTER_ADDR"] = names.stdout.split()[0]
-    job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-    environment.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+        return told.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST = {nodes}: scontrol does not tell its machines "
+            f"({one_line(error)[:160]}); set MASTER_ADDR to the first of them"
+        ) from None
 
 
 def _tasks_per_node(environment: Mapping[str, str]) -> list[int]:
     """Return how many tasks each machine has, of Slurm's form `4(x2),2`."""
+    told = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        tasks, _, repeated = part.partition("(x")
-        counts += [int(tasks)] * int(repeated.rstrip(")") or 1)
+    for part in told.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ConfigError(
+                f"SLURM_STEP_TASKS_PER_NODE = '{told}': must be in Slurm's form, such as 4(x2),2"
+            )
+        counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from svend.errors import CheckpointError
-from svend.pipeline import checkpoints
-from svend.pipeline.checkpoint_files import Snapshots
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
+from svend.pipeline.checkpoints import manager as checkpoint_manager
+from svend.pipeline.checkpoints.states import Snapshots
 
 Release = Callable[[], None]
 
@@ -23,13 +23,13 @@ Release = Callable[[], None]
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Release]:
     """Writing waits until the returned function is called."""
     may_write = threading.Event()
-    write_state = checkpoints.write_state
+    write_state = checkpoint_manager.write_state
 
     def write_when_released(path: Path, state: Any) -> dict[str, Any]:
         assert may_write.wait(60)
         return write_state(path, state)
 
-    monkeypatch.setattr(checkpoints, "write_state", write_when_released)
+    monkeypatch.setattr(checkpoint_manager, "write_state", write_when_released)
     yield may_write.set
     may_write.set()
 

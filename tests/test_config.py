@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
 
 import svend.pipeline.groups as groups_module
 import svend.pipeline.loading as loading_module
@@ -611,6 +614,30 @@ def test_a_model_of_another_shape_cannot_enter_the_registry_of_the_scale() -> No
     own = load_config(overrides=[("model.hidden_size", "64"), ("model.name", "own")])
     assert own.model is not None
     assert (own.model.name, own.model.hidden_size) == ("own", 64)
+
+
+def test_a_name_is_refused_before_training_where_mlflow_would_refuse_it_behind_it() -> None:
+    """By MLflow's own rules: of a registered model, and of a checkpoint with its step behind."""
+    model, refused = get_model_config(ModelScale.TINY), set()
+    for character in map(chr, range(32, 127)):
+        name = f"own{character}model"
+        try:
+            _validate_model_name(name)
+            _validate_logged_model_name(f"{name}-step-1")
+        except MlflowException:
+            refused.add(character)
+        if character in refused or character == "@":  # which parts name and alias
+            with pytest.raises(ConfigError, match=r"^model\.name = "):
+                dataclasses.replace(model, name=name).check()
+        else:
+            dataclasses.replace(model, name=name).check()
+    assert refused == set("/:.%\"'")
+
+
+@pytest.mark.parametrize("name", ["a.b", "a\nb", "a" * 201, " "])
+def test_a_name_that_no_registry_takes_is_refused_at_load(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.name = [^\n]+ the registry takes$"):
+        load_config(overrides=[("model.name", json.dumps(name))])
 
 
 def test_other_sources_do_not_carry_the_recipes_name() -> None:

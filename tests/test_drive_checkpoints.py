@@ -15,11 +15,12 @@ import pytest
 from torch import nn
 
 from svend.errors import CheckpointError, ConfigError
-from svend.pipeline import checkpoints, drive_copier
 from svend.pipeline.checkpoints import (
     Checkpoint,
     CheckpointManager,
     DriveCheckpointManager,
+    drive,
+    drive_manager,
     verify,
 )
 
@@ -476,7 +477,7 @@ def test_in_colab_the_drive_is_mounted_once(
     (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda path: str(path) in mounted)
     _colab(monkeypatch, mounted.append)
-    monkeypatch.setattr(drive_copier, "MOUNT_POINT", tmp_path / "drive")
+    monkeypatch.setattr(drive, "MOUNT_POINT", tmp_path / "drive")
     for run in ("drive/MyDrive/a", "drive/MyDrive/b", "elsewhere/c"):
         with DriveCheckpointManager(tmp_path / run, tmp_path / f"cache-{run[-1]}") as manager:
             _save(manager, 1)
@@ -489,7 +490,7 @@ def test_a_refused_mount_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise ValueError("mount failed\nin more than one line")
 
     _colab(monkeypatch, mount)
-    monkeypatch.setattr(drive_copier, "MOUNT_POINT", tmp_path / "drive")
+    monkeypatch.setattr(drive, "MOUNT_POINT", tmp_path / "drive")
     with pytest.raises(CheckpointError, match="mount failed") as refusal:
         DriveCheckpointManager(tmp_path / "drive" / "MyDrive" / "run", tmp_path / "cache")
     assert len(str(refusal.value).splitlines()) == 1
@@ -566,7 +567,7 @@ def test_a_drive_that_goes_away_during_a_load_is_no_reason_to_go_back(
         _save(manager, 1, 2)
     fresh = DriveCheckpointManager(manager.drive_path, tmp_path / "other-machine")
     come_back: Callable[[], None] | None = None
-    copy_checkpoint = checkpoints.copy_checkpoint
+    copy_checkpoint = drive_manager.copy_checkpoint
 
     def vanish_once(*arguments: object) -> Checkpoint:
         nonlocal come_back
@@ -574,8 +575,8 @@ def test_a_drive_that_goes_away_during_a_load_is_no_reason_to_go_back(
             come_back = _rename_away(tmp_path / "mount")
         return copy_checkpoint(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoints, "copy_checkpoint", vanish_once)
-    monkeypatch.setattr(checkpoints, "FETCH_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(drive_manager, "copy_checkpoint", vanish_once)
+    monkeypatch.setattr(drive_manager, "FETCH_PAUSES_SECONDS", (0.01, 0.01))
     with pytest.raises(CheckpointError, match="mount it and try again"):
         fresh.load_latest(_model(0.0))
     assert come_back is not None

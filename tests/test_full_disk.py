@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from torch import nn
 
 from svend.errors import CheckpointError
-from svend.pipeline import checkpoint_files, checkpoints
-from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager, verify
+from svend.pipeline.checkpoints import MODEL, CheckpointManager, DriveCheckpointManager, verify
+from svend.pipeline.checkpoints import manager as checkpoint_manager
 from svend.pipeline.config import FullDisk, load_config
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import ScaleRunner
@@ -87,13 +87,13 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save_leaves_the_checkpoint_befo
 ) -> None:
     manager = CheckpointManager(small_disk / "run")
     manager.save(_model(1.0), step=1)
-    write_state = checkpoints.write_state
+    write_state = checkpoint_manager.write_state
 
     def fill_and_write(path: Path, state: object) -> dict[str, object]:
         _fill(small_disk, 2**19)  # somebody else's file, after the space was looked at
         return write_state(path, state)
 
-    monkeypatch.setattr(checkpoints, "write_state", fill_and_write)
+    monkeypatch.setattr(checkpoint_manager, "write_state", fill_and_write)
     saving = manager.save_in_background(_model(2.0), step=2)
     with pytest.raises(CheckpointError, match=r"needs 2\.3 MB, .* are missing"):
         saving.result()
@@ -111,7 +111,7 @@ def test_pruning_for_room_keeps_the_newest_intact_and_the_best(small_disk: Path)
     for step, loss in ((1, 9.0), (2, 1.0), (3, 5.0)):
         manager.save(_model(float(step)), step=step, metrics={"loss": loss})
     # The newest is damaged: the one before it must stay, or none is left to go on from.
-    damaged = small_disk / "run" / "step_00000003" / checkpoint_files.MODEL
+    damaged = small_disk / "run" / "step_00000003" / MODEL
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -140,16 +140,16 @@ def test_a_damaged_checkpoint_takes_no_others_place_among_those_that_are_kept(
     manager = CheckpointManager(tmp_path, save_total_limit=2)
     for step in (1, 2):
         manager.save(_model(float(step)), step=step)
-    (tmp_path / "step_00000002" / checkpoint_files.MODEL).write_bytes(b"torn")
+    (tmp_path / "step_00000002" / MODEL).write_bytes(b"torn")
     manager.save(_model(3.0), step=3)
     assert _steps(tmp_path) == [1, 2, 3]
-    (tmp_path / "step_00000003" / checkpoint_files.MODEL).write_bytes(b"torn")
+    (tmp_path / "step_00000003" / MODEL).write_bytes(b"torn")
     model = _model()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert CheckpointManager(tmp_path).load_latest(model)[0] == 1
     assert [str(w.message).split(":")[0] for w in told] == [
-        str(tmp_path / f"step_0000000{step}" / checkpoint_files.MODEL) for step in (3, 2)
+        str(tmp_path / f"step_0000000{step}" / MODEL) for step in (3, 2)
     ]
     assert torch.equal(model.weight, _model(1.0).weight)
 

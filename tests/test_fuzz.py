@@ -23,10 +23,9 @@ from svend.data.records import SUFFIXES, read_chunks
 from svend.data.sources import SOURCES, RecordSource
 from svend.errors import CheckpointError, ConfigError, DataError
 from svend.pipeline.checkpoints import CheckpointManager
-from svend.pipeline.config import PipelineConfig
+from svend.pipeline.config import GatesConfig, ModelConfig, PipelineConfig, TrainingConfig
 from svend.pipeline.groups import CONF_DIR
 from svend.pipeline.loading import load_config, load_saved_config
-from svend.pipeline.options import GatesConfig, ModelConfig, TrainingConfig
 from svend.pipeline.schema import build, flatten, parse_value, read_yaml, to_tree, to_yaml
 
 few = settings(max_examples=40, deadline=None, derandomize=True,

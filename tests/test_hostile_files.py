@@ -31,8 +31,9 @@ from svend.models.config import BaseShape, TransformerConfig
 from svend.models.huggingface import export_to_huggingface
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline import groups
-from svend.pipeline.checkpoint_files import copy_checkpoint, metadata_bytes, read_folder
 from svend.pipeline.checkpoints import METADATA, CheckpointManager
+from svend.pipeline.checkpoints.files import copy_checkpoint
+from svend.pipeline.checkpoints.metadata import metadata_bytes, read_folder
 from svend.pipeline.config import load_config
 from svend.pipeline.hyperparameters import read_hyperparameters
 from svend.pipeline.moves import Move, MoveKind, Moves, Registration

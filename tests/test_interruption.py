@@ -120,14 +120,14 @@ def test_a_signal_to_a_forked_child_is_not_taken_for_ones_own() -> None:
 # A disk so slow that a save takes minutes.
 SLOW_DISK = """
 import sys, time
-from svend.pipeline import checkpoints
-write_state, slow_from = checkpoints.write_state, int(sys.argv.pop(1))
+from svend.pipeline.checkpoints import manager as checkpoint_manager
+write_state, slow_from = checkpoint_manager.write_state, int(sys.argv.pop(1))
 def write_slowly(path, state):
     if int(path.parent.name.split("-")[1].removeprefix("step_")) >= slow_from:
         print("saving slowly", flush=True)
         time.sleep(600)
     return write_state(path, state)
-checkpoints.write_state = write_slowly
+checkpoint_manager.write_state = write_slowly
 from svend.cli import main
 sys.exit(main())
 """

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.errors import ConfigError, ResourceError
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.generation import Decoder, PlainTurn, Request
@@ -27,6 +27,7 @@ from svend.models.parametrisation import group_of
 from svend.models.shards import part_of, whole
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.checkpoints.sharded import lay_out
 from svend.pipeline.config import (
     Compile,
     DataConfig,
@@ -39,7 +40,6 @@ from svend.pipeline.config import (
     WeightPrecision,
 )
 from svend.pipeline.loading import load_config
-from svend.pipeline.sharded_files import lay_out
 from svend.pipeline.version_files import WEIGHTS, load_version_model, write_weights
 from svend.training.loop import train_steps
 from svend.training.low_memory import RoundedAdamW, prepare_weights, round_stochastically

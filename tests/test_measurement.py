@@ -123,6 +123,16 @@ def test_the_interval_of_a_median_holds_it_about_as_often_as_it_says() -> None:
     assert 0.94 <= np.mean(held) <= 0.985
 
 
+def test_a_quantile_of_very_many_values_has_an_interval() -> None:
+    values = np.random.default_rng(0).random(5000)
+    low, high = quantile(list(values), 0.99).interval
+    # By the binomial's normal approximation, for the rank.
+    rank, spread = 0.99 * 5000, normal_quantile(0.95) * math.sqrt(5000 * 0.99 * 0.01)
+    ordered = np.sort(values)
+    assert ordered[int(rank - spread) - 2] <= low <= ordered[int(rank - spread) + 2]
+    assert ordered[int(rank + spread) - 2] <= high <= ordered[int(rank + spread) + 2]
+
+
 def test_too_few_values_have_no_upper_bound_for_a_99th_percentile() -> None:
     assert quantile([1.0] * 100, 0.99).interval[1] == math.inf
     assert quantile(list(np.linspace(0, 1, 1000)), 0.99).interval[1] < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-import svend
+import svend.pipeline
 from svend.pipeline.config import CONF_DIR, group_members
 from svend.pipeline.loading import load_config
 from svend.pipeline.schema import to_tree
@@ -143,3 +144,30 @@ def test_every_key_that_a_scale_may_set_is_set_by_all_scales() -> None:
             for group, member in MEMBERS if group == "scale"]
     assert len(keys) == 7
     assert all(found == keys[0] for found in keys)
+
+
+def _layers() -> list[set[str]]:
+    contract = next(c for c in _pyproject()["tool"]["importlinter"]["contracts"]
+                    if c["name"] == "imports point downward")
+    return [{name.strip() for name in layer.split("|")} for layer in contract["layers"]]
+
+
+def test_the_picture_of_imports_shows_the_layers_that_are_enforced() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = next(block for block in text.split("\n\n") if block.startswith("    cli "))
+    shown = [re.split(r"\s{2,}", line.strip())[0] for line in picture.splitlines()
+             if not line.startswith(" " * 8)]
+    assert [{name.strip() for name in row.split("|")} for row in shown] == [
+        {name.rpartition(".")[2] for name in layer} for layer in _layers()
+    ]
+
+
+def test_every_module_has_a_layer() -> None:
+    layered = set().union(*_layers())
+    found = {
+        f"{package.__name__}.{module.name}"
+        for package in (svend, svend.pipeline)
+        for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__"
+    }
+    commands = {name for name in found if name.endswith("_command")}  # the command line's
+    assert found - commands - {"svend.pipeline"} == layered

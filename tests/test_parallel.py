@@ -10,20 +10,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from svend import cli
 from svend.data.stream import BatchStream
 from svend.errors import CheckpointError, ConfigError, RankLost
 from svend.evaluation.heldout import HeldoutLoss
+from svend.models.attention import Layout as DocumentLayout
 from svend.models.shards import count_nonfinite, is_sharded, local, whole
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline import sharded_files
-from svend.pipeline.checkpoints import CheckpointManager
+from svend.pipeline.checkpoints import CheckpointManager, sharded
+from svend.pipeline.checkpoints.sharded import read_parts
 from svend.pipeline.config import (
     CheckpointingPolicy,
     MomentPrecision,
@@ -45,10 +47,9 @@ from svend.pipeline.replica import (
     sharded_bytes,
     stage_steps,
 )
-from svend.pipeline.sharded_files import read_parts
 from svend.pipeline.state_files import read_state
 from svend.planning.plan import decide_shards
-from svend.ranks import Place, find_place
+from svend.ranks import Place, find_place, set_rendezvous
 from svend.training.examination import examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import train_steps
@@ -327,22 +328,35 @@ class Attribute:
         return (getattr, (torch.Size, "__class__"))
 
 
-def hold_out(ranks: Ranks) -> list[HeldoutLoss]:
-    found = []
-    for layout in (WHOLE, PARTS):
-        for count in (1, 5, 8):
-            training = make_training(heldout_sequences=count)
-            replica = make_replica(ranks, layout, training)
-            found.append(measure_heldout(replica))
-    return found
+def hold_out(ranks: Ranks) -> tuple[list[HeldoutLoss], set[tuple[type, ...]]]:
+    """Return the losses, and the types of inputs that FSDP is given, to move them to the device."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    found, moved = [], set()
+    move = FSDPState._root_pre_forward
+
+    def note(state: Any, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if isinstance(module, ReasoningTransformer):
+            moved.add(tuple(map(type, inputs)))
+        return move(state, module, inputs, named)
+
+    with mock.patch.object(FSDPState, "_root_pre_forward", note):
+        for layout in (WHOLE, PARTS):
+            for count in (1, 5, 8):
+                training = make_training(heldout_sequences=count)
+                replica = make_replica(ranks, layout, training)
+                found.append(measure_heldout(replica))
+    return found, moved
 
 
 def test_processes_share_the_held_out_sequences() -> None:
-    expected = hold_out(Ranks())
-    for measured in run_together(hold_out, 2):
+    expected, _ = hold_out(Ranks())
+    for measured, moved in run_together(hold_out, 2):
         for ours, theirs in zip(measured, expected, strict=True):
             assert ours.predicted == theirs.predicted
             assert ours.sums == pytest.approx(theirs.sums, rel=1e-5)
+        # No document numbers: where documents begin is not to be asked of the device.
+        assert moved == {(torch.Tensor, torch.Tensor, DocumentLayout)}
 
 
 def spoil_the_last(ranks: Ranks) -> tuple[int, int]:
@@ -367,7 +381,7 @@ def fail_to_write(ranks: Ranks, folder: Path) -> str:
     replica = make_replica(ranks, PARTS, make_training())
     place = folder / "shared" if ranks.place.leads else folder / "elsewhere"
     place.mkdir(parents=True)
-    sharded_files.ARRIVAL_SECONDS = 0.5
+    sharded.ARRIVAL_SECONDS = 0.5
     begin_partial_save(replica, place)
     assert replica.partial is not None
     try:
@@ -411,10 +425,15 @@ def test_a_process_that_is_killed_in_a_step_is_named_at_once() -> None:
 
 
 @given(environment=st.fixed_dictionaries({}, optional={
-    name: st.sampled_from(["0", "1", "3", "-1", "x", ""]) for name in
+    name: st.sampled_from(["0", "1", "3", "-1", "x", "", "4(x2),2", "4(x"]) for name in
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID",
-     "SLURM_NODEID")
+     "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
 }))
+@example(environment={"SLURM_STEP_NUM_TASKS": "x"})
+@example(environment={"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                      "SLURM_NODEID": "5", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"})
+@example(environment={"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+                      "SLURM_STEP_TASKS_PER_NODE": "4(x"})
 def test_a_place_is_one_that_can_be_or_refused(environment: dict[str, str]) -> None:
     try:
         place = find_place(environment)
@@ -433,6 +452,14 @@ def test_slurm_s_tasks_find_their_places() -> None:
         assert find_place({**step, **task}) == Place(rank, 6, local_rank, local_size)
     # A batch script, which has no tasks of its own.
     assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) == ALONE
+
+
+def test_where_scontrol_is_missing_a_line_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"node\[01-04\].* set MASTER_ADDR to the first of them$"):
+        set_rendezvous({"SLURM_STEP_NODELIST": "node[01-04]"})
 
 
 def count_up(ranks: Ranks) -> tuple[int, Place]:

@@ -31,7 +31,7 @@ from svend.models.parametrisation import (
     without,
 )
 from svend.models.transformer import Attention, ReasoningTransformer, rotary_tables
-from svend.pipeline.checkpoint_files import MODEL
+from svend.pipeline.checkpoints.metadata import MODEL
 from svend.pipeline.config import (
     Optimizer,
     Parametrisation,
@@ -40,9 +40,8 @@ from svend.pipeline.config import (
     TrainingConfig,
     load_config,
 )
-from svend.pipeline.job import planned_model
-from svend.pipeline.replica import build_model
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.run_model import build_model, planned_model
 from svend.pipeline.version_files import WEIGHTS, load_version_model, write_weights
 from svend.training.loop import train_steps
 from svend.training.optimizers import build_optimizer

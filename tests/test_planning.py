@@ -31,7 +31,7 @@ from svend.pipeline.config import (
     TrainingConfig,
     get_model_config,
 )
-from svend.pipeline.job import planned_model
+from svend.pipeline.run_model import planned_model
 from svend.planning import plan as plan_module
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory

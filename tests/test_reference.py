@@ -17,7 +17,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import (
     IGNORE_LABEL,
@@ -25,6 +24,7 @@ from svend.data.stream import (
     PackedSequences,
     next_token_labels,
 )
+from svend.data.token_array import TokenArray
 from svend.device import autocast
 from svend.models.config import TransformerConfig
 from svend.models.float8 import compute_in_float8

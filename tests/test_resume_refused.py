@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from svend.errors import UserError
 from svend.pipeline.config import Precision, load_config
-from svend.pipeline.run_folder import CONFIG_FILE, RunFolder
+from svend.pipeline.loading import CONFIG_FILE
+from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from tests.conftest import DEBUG_OVERRIDES
 from tests.prepared import data_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svend.bench.serve import ask_once
 from svend.data.chat import END_OF_MESSAGE, END_OF_TEXT, ROLE_TOKENS
 from svend.data.documents import Message, Role, conversation
 from svend.data.tokenizer import train_tokenizer
@@ -182,12 +184,19 @@ def test_who_shows_no_token_or_a_wrong_one_is_refused(served: tuple[str, Engine]
     ({"max_tokens": True}, "max_tokens"), ({"seed": 1.5}, "seed"), ({"stop": [1]}, "stop"),
     ({"tools": [{"type": "function"}]}, "tools"), ({"typo": 1}, "typo"),
     ({"stream": "yes"}, "stream"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"temperature": 10**400}, "temperature"), ({"tools": [{"function": {"name": 5}}]}, "tools"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "[" * 100_000}}]}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "body"), ({"\ud800": 1}, "body"),
 ])
 def test_what_a_request_must_not_ask_is_named(
     served: tuple[str, Engine], changes: dict[str, Any], parameter: str
 ) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], **changes}
-    answer = httpx.post(f"{served[0]}/v1/chat/completions", json=body,
+    # Not by httpx, which writes no half of a surrogate pair.
+    answer = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(body),
                         headers={"Authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 400
     told = answer.json()["error"]
@@ -432,3 +441,19 @@ def test_what_waits_too_long_is_told_so_while_the_lane_is_in_use(
         assert raised.value.status_code == 504
         assert time.monotonic() - started_seconds < 5
         running.cancel()
+
+
+def test_the_benchmark_counts_an_answer_that_breaks_off_as_dropped() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, httpx.Client() as client:
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\ndata: {}\n\n")
+            connection.close()
+
+        with ThreadPoolExecutor(1) as server:
+            server.submit(hang_up)
+            port = listener.getsockname()[1]
+            answered = ask_once(client, f"http://127.0.0.1:{port}/", {})
+    assert answered.status == "RemoteProtocolError"
+    assert answered.tokens == 0

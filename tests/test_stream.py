@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svend.data.chat import speaker_marks
-from svend.data.corpus import Corpus, TokenArray, build_corpus
+from svend.data.corpus import Corpus, build_corpus
 from svend.data.documents import Kind
 from svend.data.packing import pack_rows
-from svend.data.stream import IGNORE_LABEL, BatchStream, PackedSequences, kind_tokens
+from svend.data.stream import IGNORE_LABEL, BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.errors import DataError
 from svend.pipeline.config import DataConfig, Exhausted, LongDocuments, LossOn
 from tests.prepared import data_cache
 
-KINDS = {"reasoning": Kind.REASONING, "tool_use": Kind.TOOL_USE, "general": Kind.GENERAL}
 RATIOS = {"reasoning": 0.6, "tool_use": 0.25, "general": 0.15}
 
 
@@ -46,7 +46,7 @@ def drawn_part(tokens_of_kind: dict[str, int], seed: int = 0) -> TokenArray:
     for number, (name, tokens) in enumerate(tokens_of_kind.items()):
         lengths = generator.integers(3, 90, tokens // 46)
         documents += [np.full(length, number, dtype=np.uint16) for length in lengths]
-        kinds += [KINDS[name]] * len(lengths)
+        kinds += [Kind(name)] * len(lengths)
     return TokenArray.of("train", documents, kinds)
 
 
@@ -113,20 +113,22 @@ def test_any_thousand_sequences_hold_the_mix_within_a_hundredth(
     data = embedded_data(mix_ratios=ratios, max_seq_length=96, exhausted=exhausted)
     batch = PackedSequences(part, data, 0).batch(first, 1000)
     tokens = batch.tokens_BT[batch.documents_BT >= 0]
-    for number, name in enumerate(KINDS):
+    for number, name in enumerate(RATIOS):
         share = float((tokens == number).float().mean())
         assert share == pytest.approx(ratios[name], abs=0.01)
 
 
 def test_an_epoch_ends_with_the_scarcest_kind_or_when_all_have_been_seen() -> None:
     part = drawn_part({"reasoning": 60_000, "tool_use": 4_000, "general": 30_000})
+    held = {kind.value: int(part.lengths[part.kinds == number].sum())
+            for number, kind in enumerate(Kind)}
     lengths = {}
     for exhausted in Exhausted:
         data = embedded_data(max_seq_length=96, exhausted=exhausted)
         sequences = PackedSequences(part, data, 0)
         lengths[exhausted] = len(sequences)
         # By their number: all documents of `drawn_part` are of source 0, so count by kind.
-        tokens, held = sequences.tokens_by_kind(len(sequences)), kind_tokens(part)
+        tokens = sequences.tokens_by_kind(len(sequences))
         epochs = {kind: tokens[kind] / held[kind] for kind in held}
         turned = min(epochs.values()) if exhausted is Exhausted.REPEAT else max(epochs.values())
         assert turned == pytest.approx(1, abs=0.05)

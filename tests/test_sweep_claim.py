@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from svend.errors import UserError
 from svend.pipeline.sweep.claim import PARENTS_SUFFIX, ParentClaim, TakenOver
 from svend.pipeline.sweep.liveness import WORKER
-from svend.pipeline.sweep.study import Place
+from svend.pipeline.sweep.storage import Place
 from tests.conftest import ROOT
 
 SILENCE_SECONDS = 0.6
@@ -26,7 +26,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from svend.pipeline.sweep.claim import ParentClaim
-from svend.pipeline.sweep.study import Place
+from svend.pipeline.sweep.storage import Place
 with ParentClaim(Place("s", sys.argv[1], Path(".")), 60.0, print):
     print("holds", flush=True)
     time.sleep(60)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from optuna.storages import RDBStorage
 
-from svend.pipeline.sweep.study import Place
+from svend.pipeline.sweep.storage import Place
 from tests import test_sweep_claim, test_sweep_study
 from tests.conftest import ROOT, Workplace
 from tests.postgres import PostgresServer, requires_postgres

@@ -32,7 +32,8 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from svend.pipeline.sweep.options import load_sweep
-from svend.pipeline.sweep.study import Place, SweepStudy, origin_of, suggest
+from svend.pipeline.sweep.storage import Place
+from svend.pipeline.sweep.study import SweepStudy, origin_of, suggest
 number, wanted, seconds = map(float, sys.argv[2:])
 sweep = load_sweep("minute", {"scale": "tiny"}, [])
 study = SweepStudy.join(Place("s", sys.argv[1], Path(".")), sweep, int(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import (
     IGNORE_LABEL,
@@ -23,6 +23,7 @@ from svend.data.stream import (
     PackedSequences,
     next_token_labels,
 )
+from svend.data.token_array import TokenArray
 from svend.device import DTYPES
 from svend.errors import ConfigError
 from svend.evaluation.heldout import measure_gradient_norm, measure_heldout_loss
@@ -548,3 +549,20 @@ def test_a_norm_that_is_not_finite_is_reported(bad: float) -> None:
     parameter = torch.zeros(3, requires_grad=True)
     parameter.grad = torch.tensor([1.0, bad, 1.0])
     assert not math.isfinite(float(clip_gradients([parameter], 1.0)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_first_step_does_not_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced only: what the compiler would make of it is not asked here.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    training = make_training()
+    state, plain = make_state(training, 2), make_state(training, 2)
+    state.model.compile_blocks()
+    torch._dynamo.utils.counters.clear()
+    steps = train_steps(state, training, 2)
+    first = next(steps)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 0
+    second = next(steps)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    for step, expected in zip((first, second), train_steps(plain, training, 2), strict=True):
+        torch.testing.assert_close(step.loss, expected.loss, rtol=1e-5, atol=1e-6)

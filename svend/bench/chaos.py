@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from svend.errors import UserError
-from svend.pipeline.checkpoint_files import read_folder
-from svend.pipeline.record import REGISTERING
+from svend.pipeline.checkpoints.metadata import read_folder
+from svend.pipeline.registration import REGISTERING
 from svend.pipeline.run_folder import RunFolder
 from svend.tracking.registry import CHECKPOINT_TAG
 from svend.tracking.spool import ENTRIES, SPOOL

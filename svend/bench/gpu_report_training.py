@@ -24,9 +24,9 @@ from svend.bench.gpu_report_kernels import (
     check_loss,
     nominal_peak,
 )
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.device import (
     available_bytes,
     can_compile,
@@ -41,10 +41,11 @@ from svend.pipeline.config import (
     Compile,
     DataConfig,
     ModelConfig,
+    MomentPrecision,
     Precision,
     TrainingConfig,
+    WeightPrecision,
 )
-from svend.pipeline.options import MomentPrecision, WeightPrecision
 from svend.planning.flops import train_flops_per_token
 from svend.planning.plan import predict_memory_on
 from svend.planning.probe import measure_matmul_peak

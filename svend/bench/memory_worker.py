@@ -12,9 +12,9 @@ import psutil
 import torch
 
 from svend.bench.memory import Combination, Freed
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.device import M_TRIM_THRESHOLD, keep_freed_memory
 from svend.errors import UserError
 from svend.models.config import TransformerConfig

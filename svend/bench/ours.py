@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from svend.bench.spec import Contestant, Spec
-from svend.data.corpus import TokenArray
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.device import keep_freed_memory
 from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer

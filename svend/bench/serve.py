@@ -13,11 +13,12 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import torch
 import uvicorn
 from rich.table import Table
@@ -81,17 +82,13 @@ def drive(
     served: Served, *, clients: int, requests: int, max_tokens: int, lanes: int
 ) -> tuple[list[Answered], float]:
     """Have clients ask at once, each so many times; return each answer, and the seconds for all."""
-    context = multiprocessing.get_context("spawn")
-    with Engine(served.model, served.tokenizer, served.precision, lanes=lanes,
-                max_waiting=clients) as engine, _listening(engine) as address:
-        told: Any = context.Queue()
-        asker = context.Process(
-            target=_ask_all, args=(address, clients, requests, max_tokens, told)
-        )
-        asker.start()
-        answers, seconds = told.get()
-        asker.join()
-    return [Answered(*answer) for answer in answers], seconds
+    with (
+        Engine(served.model, served.tokenizer, served.precision, lanes=lanes,
+               max_waiting=clients) as engine,
+        _listening(engine) as address,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as askers,
+    ):
+        return askers.submit(_ask_all, address, clients, requests, max_tokens).result()
 
 
 def result_table(
@@ -134,12 +131,12 @@ def _listening(engine: Engine) -> Iterator[str]:
         thread.join()
 
 
-def _ask_all(address: str, clients: int, requests: int, max_tokens: int, told: Any) -> None:
-    import httpx
-
+def _ask_all(
+    address: str, clients: int, requests: int, max_tokens: int
+) -> tuple[list[Answered], float]:
     barrier = threading.Barrier(clients)
 
-    def ask(number: int) -> list[tuple[float, float, int, str]]:
+    def ask(number: int) -> list[Answered]:
         answers = []
         with httpx.Client(timeout=None, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
             barrier.wait()
@@ -148,16 +145,17 @@ def _ask_all(address: str, clients: int, requests: int, max_tokens: int, told: A
                 body = {"messages": [{"role": "user", "content": question}],
                         "max_tokens": max_tokens, "stream": True,
                         "stream_options": {"include_usage": True}}
-                answers.append(_ask(client, address, body))
+                answers.append(ask_once(client, address, body))
         return answers
 
     started_seconds = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         answers = [answer for of_client in pool.map(ask, range(clients)) for answer in of_client]
-    told.put((answers, time.monotonic() - started_seconds))
+    return answers, time.monotonic() - started_seconds
 
 
-def _ask(client: Any, address: str, body: dict[str, Any]) -> tuple[float, float, int, str]:
+def ask_once(client: httpx.Client, address: str, body: dict[str, Any]) -> Answered:
+    """Ask for a streamed answer; one that does not come has the fault's name as its status."""
     started_seconds = time.monotonic()
     first_seconds, tokens, status = math.nan, 0, "cut off"
     try:
@@ -174,9 +172,9 @@ def _ask(client: Any, address: str, body: dict[str, Any]) -> tuple[float, float,
                         first_seconds = time.monotonic() - started_seconds
             if response.status_code != 200:
                 status = str(response.status_code)
-    except OSError as error:
+    except httpx.HTTPError as error:
         status = type(error).__name__
     seconds = time.monotonic() - started_seconds
     if math.isnan(first_seconds):
         first_seconds = seconds  # an answer of no text has its first where it ends
-    return first_seconds, seconds, tokens, status
+    return Answered(first_seconds, seconds, tokens, status)

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from svend.data.corpus import TokenArray, read_texts
+from svend.data.corpus import read_texts
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
+from svend.data.token_array import TokenArray
 from svend.data.tokenizer import train_tokenizer
 from svend.errors import DataError, UserError
 from svend.evaluation.heldout import measure_heldout_loss

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from svend.data.hygiene import are_among, first_occurrences, near_duplicates
+from svend.data.packing import Ints
 from svend.data.tokenised import Progress, TokenisedPart
 from svend.pipeline.config import DataConfig, Duplicates
 
-Ints = npt.NDArray[np.int64]
 PartPair = tuple[TokenisedPart, TokenisedPart | None]  # train, and held out where it has its own
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,10 @@ import torch
 from torch import Tensor
 
 from svend.data.chat import spoken_by_model
-from svend.data.corpus import KINDS, TokenArray
-from svend.data.packing import PackedRows, pack_rows
-from svend.data.selection import Ints
+from svend.data.mixing import KindRows, apportion, interleave
+from svend.data.packing import Ints
 from svend.data.sources import mix_of
-from svend.errors import DataError
+from svend.data.token_array import KINDS, TokenArray
 from svend.pipeline.config import DataConfig, Exhausted, LongDocuments, LossOn
 
 PADDING_DOCUMENT = -1
@@ -68,13 +68,13 @@ class PackedSequences:
         mix = mix_of(data)
         split_long = data.long_documents is LongDocuments.SPLIT
         self._kinds = [
-            _KindRows.packed(part, number, self._length, split_long, seed)
+            KindRows.packed(part, number, self._length, split_long, seed)
             for number, kind in enumerate(KINDS) if mix.get(kind.value, 0.0) > 0
         ]
         # Rows of one kind may be fuller than another's, and the ratios are of tokens.
         needed = [mix[KINDS[rows.kind].value] / rows.tokens_per_row for rows in self._kinds]
-        self._counts = _apportion(needed, PERIOD)
-        self._pattern, self._ranks = _interleave(self._counts)
+        self._counts = apportion(needed, PERIOD)
+        self._pattern, self._ranks = interleave(self._counts)
         epochs = [len(rows) * PERIOD / count
                   for rows, count in zip(self._kinds, self._counts, strict=True)]
         longest = data.exhausted is Exhausted.REPEAT
@@ -196,66 +196,9 @@ class PackedSequences:
         order = self._order_of_starts
         return int(order[np.searchsorted(self._part.starts[order], start, side="right") - 1])
 
-    @property
+    @cached_property
     def _order_of_starts(self) -> Ints:
-        if not hasattr(self, "_sorted_starts"):
-            self._sorted_starts = np.argsort(self._part.starts, kind="stable")
-        return self._sorted_starts
-
-
-@dataclass(eq=False)
-class _KindRows:
-    """The rows of one kind, in an order that changes each time they have been gone through."""
-
-    kind: int
-    rows: PackedRows
-    sources: npt.NDArray[np.uint8]
-    seed: int
-    dropped: int
-    split: int
-    _latest_order: tuple[int, Ints] = (-1, np.empty(0, dtype=np.int64))
-
-    @classmethod
-    def packed(
-        cls, part: TokenArray, kind: int, row_length: int, split_long: bool, seed: int
-    ) -> _KindRows:
-        documents = np.flatnonzero(part.kinds == kind)
-        name = KINDS[kind].value
-        if not len(documents):
-            raise DataError(
-                f"no documents of kind '{name}' in the {part.name} part; raise "
-                "training.data.num_samples or training.data.heldout_fraction, or give more data"
-            )
-        documents = np.random.default_rng([seed, kind, 0x5EED]).permutation(documents)
-        lengths = part.lengths[documents]
-        rows = pack_rows(part.starts[documents], lengths, row_length, split_long=split_long)
-        if len(rows) == 0:
-            raise DataError(
-                f"no document of kind '{name}' fits into {row_length} tokens; "
-                "raise data.max_seq_length or set data.long_documents=split"
-            )
-        longer = int((lengths > row_length).sum())
-        return cls(kind, rows, np.unique(part.sources[documents]), seed,
-                   dropped=0 if split_long else longer, split=longer if split_long else 0)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def tokens_per_row(self) -> float:
-        return self.rows.tokens / len(self.rows)
-
-    def pieces(self, number: int) -> Iterator[tuple[int, int]]:
-        """Yield start and length of each piece in row `number` of the kind's endless order."""
-        turn, place = divmod(number, len(self.rows))
-        known_turn, order = self._latest_order
-        if turn != known_turn:
-            generator = np.random.default_rng([self.seed, self.kind, turn])
-            order = generator.permutation(len(self.rows))
-            self._latest_order = turn, order  # at once: several threads may read
-        row = order[place]
-        for piece in range(self.rows.row_offsets[row], self.rows.row_offsets[row + 1]):
-            yield int(self.rows.starts[piece]), int(self.rows.lengths[piece])
+        return np.argsort(self._part.starts, kind="stable")
 
 
 class BatchStream:
@@ -352,41 +295,3 @@ def next_token_labels(tokens_BT: Tensor, documents_BT: Tensor) -> Tensor:
     follows_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, 1:] >= 0)
     labels_BT[:, :-1] = torch.where(follows_BT, tokens_BT[:, 1:], IGNORE_LABEL)
     return labels_BT
-
-
-def _apportion(shares: list[float], seats: int) -> list[int]:
-    """Return whole numbers in these proportions, of at least 1, that sum to `seats`.
-
-    By the method of the largest remainder.
-    """
-    exact = [share / sum(shares) * seats for share in shares]
-    counts = [max(1, int(value)) for value in exact]
-    for index in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i]):
-        if sum(counts) >= seats:
-            break
-        counts[index] += 1
-    counts[int(np.argmax(counts))] += seats - sum(counts)
-    return counts
-
-
-def _interleave(counts: list[int]) -> tuple[npt.NDArray[np.intp], Ints]:
-    """Return which kind each place of the pattern has, and its number among those of the kind.
-
-    The j-th of n places of a kind is due at (j + 1/2) / n; in this order no stretch has more or
-    less than its share of a kind, but for a row or two.
-    """
-    due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    kinds = np.repeat(np.arange(len(counts)), counts)
-    ranks = np.concatenate([np.arange(count) for count in counts])
-    order = np.argsort(due, kind="stable")
-    return kinds[order], ranks[order]
-
-
-def kind_tokens(part: TokenArray) -> dict[str, int]:
-    """Return how many tokens of each kind a part holds."""
-    counted: Counter[str] = Counter()
-    for number, kind in enumerate(KINDS):
-        tokens = int(part.lengths[part.kinds == number].sum())
-        if tokens:
-            counted[kind.value] = tokens
-    return dict(counted)

@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import bdtr
 
 Values = npt.NDArray[np.float64]
 INTERVAL_LEVEL = 0.95
@@ -128,15 +129,13 @@ def quantile(values: Sequence[float], share: float) -> Measurement:
     ordered = sorted(values)
     n = len(ordered)
     value = ordered[min(n - 1, math.ceil(share * n) - 1)]
-    cumulative, total = [], 0.0
-    for k in range(n + 1):
-        total += math.comb(n, k) * share**k * (1 - share) ** (n - k)
-        cumulative.append(total)
+    # Entry k: how likely it is that at most k values lie below the quantile.
+    cumulative = bdtr(np.arange(n + 1), n, share)
 
     def bounds(level: float, size_factor: float) -> tuple[float, float]:  # noqa: ARG001
         tail = (1 - level) / 2
-        low = sum(c <= tail for c in cumulative)
-        high = sum(c < 1 - tail for c in cumulative)
+        low = int((cumulative <= tail).sum())
+        high = int((cumulative < 1 - tail).sum())
         return (ordered[low - 1] if low else 0.0), (ordered[high] if high < n else math.inf)
 
     return Measurement(value, bounds(INTERVAL_LEVEL, 1.0), n, bounds=bounds)

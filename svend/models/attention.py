@@ -118,7 +118,8 @@ def seen_keys(starts_BT: Tensor, queries: slice, first_key: int) -> Tensor:
 def _mask(starts_BT: Tensor, queries: slice, first_key: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of a block, (batch, queries, keys): 0 or minus infinity."""
     seen_BRW = seen_keys(starts_BT, queries, first_key)
-    seen, unseen = torch.tensor((0.0, -math.inf), dtype=dtype, device=starts_BT.device)
+    # Filled where they are: a tensor of numbers from here would be waited for on CUDA.
+    seen, unseen = (seen_BRW.new_full((), value, dtype=dtype) for value in (0.0, -math.inf))
     return torch.where(seen_BRW, seen, unseen)
 
 

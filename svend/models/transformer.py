@@ -243,13 +243,14 @@ class ReasoningTransformer(nn.Module):
         self,
         tokens_BT: Tensor,
         labels_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        documents_BT: Tensor | Layout | None = None,
     ) -> Tensor:
         """Return logits, (batch, positions, vocabulary), or with labels the summed loss in nats.
 
         tokens_BT: token ids. labels_BT: the id to predict at each position, -100 for none.
         documents_BT: the number of the document that each position belongs to; attention and
-        positions then stay within a document. It may be on the CPU while the rest is on CUDA.
+        positions then stay within a document. It may be on the CPU while the rest is on CUDA; or
+        the layout that it gives (`lay_out_documents`), on the device of the rest.
         """
         x_ND = self.hidden_states(tokens_BT, documents_BT).flatten(0, 1)
         if self.rules.logits != 1.0:
@@ -260,7 +261,9 @@ class ReasoningTransformer(nn.Module):
             x_ND, self.head.weight, labels_BT.flatten(), self.fused
         )
 
-    def hidden_states(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def hidden_states(
+        self, tokens_BT: Tensor, documents_BT: Tensor | Layout | None
+    ) -> Tensor:
         """Return the normed hidden states before the head, (batch, positions, hidden)."""
         x_BTD, cos_B1TS, sin_B1TS, layout = self.embed(tokens_BT, documents_BT)
         for block in self.blocks:
@@ -269,7 +272,7 @@ class ReasoningTransformer(nn.Module):
         return out_BTD
 
     def embed(
-        self, tokens_BT: Tensor, documents_BT: Tensor | None
+        self, tokens_BT: Tensor, documents_BT: Tensor | Layout | None
     ) -> tuple[Tensor, Tensor, Tensor, Layout]:
         """Return what the first block takes: embedded tokens, rotary tables, and the layout."""
         x_BTD: Tensor = self.embedding(tokens_BT)
@@ -277,7 +280,9 @@ class ReasoningTransformer(nn.Module):
         if torch.is_autocast_enabled(device_type):
             # The residual stream too: half the memory traffic, and fp32 where the norms need it.
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device_type))
-        layout = lay_out_documents(tokens_BT, documents_BT)
+        layout = documents_BT
+        if not isinstance(layout, Layout):
+            layout = lay_out_documents(tokens_BT, layout)
         index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         positions_BT = index_T - layout.starts_BT
         tables = rotary_tables(positions_BT, self.config.head_size, self.config.rope_theta)

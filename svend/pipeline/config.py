@@ -7,39 +7,32 @@ from __future__ import annotations
 
 from svend.pipeline.groups import CONF_DIR, ModelScale, group_members
 from svend.pipeline.loading import load_config, load_saved_config
-from svend.pipeline.options import (
-    BENCHMARK_NAMES,
-    SAMPLE_SUFFIX,
-    Branch,
+from svend.pipeline.options.choices import (
     BrokenRows,
     CheckpointingPolicy,
     Compile,
-    DataConfig,
     Device,
     Duplicates,
-    EvaluationConfig,
     Exhausted,
     FullDisk,
-    GatesConfig,
     HealthAction,
-    HealthConfig,
     LongDocuments,
     LossOn,
-    ModelConfig,
     MomentPrecision,
     Optimizer,
-    OwnSource,
     Parallel,
     Parametrisation,
-    PipelineConfig,
     Precision,
     Schedule,
     ToolScore,
-    TrainingConfig,
-    ValidationGate,
     WeightPrecision,
-    get_model_config,
 )
+from svend.pipeline.options.data import DataConfig, OwnSource
+from svend.pipeline.options.evaluation import BENCHMARK_NAMES, SAMPLE_SUFFIX, EvaluationConfig
+from svend.pipeline.options.gates import GatesConfig, ValidationGate
+from svend.pipeline.options.model import ModelConfig, get_model_config
+from svend.pipeline.options.pipeline import HealthConfig, PipelineConfig
+from svend.pipeline.options.training import Branch, TrainingConfig
 
 __all__ = [
     "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "Branch", "BrokenRows", "CheckpointingPolicy",

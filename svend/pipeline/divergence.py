@@ -105,7 +105,7 @@ def go_back(job: Job, divergence: Divergence, checkpoint: Checkpoint) -> dict[st
 def fail(job: Job, divergence: Divergence, why_not_back: str) -> DivergenceError:
     """Leave the evidence in the run, and return the error that ends it."""
     _log_evidence(job, divergence, DIVERGENCE_FILE)
-    record_verdicts(job.tracked, job.folder)
+    record_verdicts(job.tracked, job.folder.read_verdicts())
     return DivergenceError(
         f"training diverged at step {divergence.at.step}: {divergence.reason}; {why_not_back}; "
         f"{DIVERGENCE_FILE} in the run has the norms by weight and the data; begin another run "

@@ -33,12 +33,17 @@ class AnswerProgress(CountProgress):
 def measurement_table(
     results: Sequence[BenchmarkResult], measurements: Mapping[str, Measurement]
 ) -> Table:
-    """Return every measured value with its interval, and how many answers it rests on."""
+    """Return each benchmark's values with their intervals, and how many answers they rest on.
+
+    Those of its groups of problems, a few answers each, are left to its page.
+    """
     table = Table(title="Measured", title_justify="left")
     table.add_column("metric", no_wrap=True)
     for name in ("value", "95% interval", "n"):
         table.add_column(name, justify="right")
     for metric, measured in measurements.items():
+        if "/" in metric:
+            continue
         low, high = measured.interval or (None, None)
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
         size = "" if measured.sample_size is None else f"{measured.sample_size:,}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -25,9 +24,11 @@ from svend.models.huggingface import (
 from svend.models.parametrisation import fold_multipliers
 from svend.pipeline.checkpoints import CheckpointManager
 from svend.pipeline.config import ModelScale, Parametrisation, get_model_config
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.schema import to_tree, to_yaml
 from svend.pipeline.version_evaluation import LoadedVersion, load_version
-from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER
+from svend.pipeline.version_files import ANY_SIZE, TOKENIZER
+from svend.pipeline.whole_files import whole_folder
 
 VOCABULARY_MULTIPLE = 64
 # That a model's embedding lacks; more make it another model's tokenizer.
@@ -47,25 +48,24 @@ def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
     if place.exists():
         raise ConfigError(f"folder {place}: is there already; remove it, or give another")
     model = loaded.model
-    writing = place.with_name(f".writing-{place.name}")
-    shutil.rmtree(writing, ignore_errors=True)
+    ends = [loaded.tokenizer.control_ids[token] for token in (END_OF_MESSAGE, END_OF_TEXT)]
+    generation = {**special_ids(loaded.tokenizer.files()), "eos_token_id": ends,
+                  "do_sample": False}
     try:
-        export_to_huggingface(model, loaded.tokenizer.files(), writing, DTYPES[dtype])
-        ends = [loaded.tokenizer.control_ids[token] for token in (END_OF_MESSAGE, END_OF_TEXT)]
-        generation = {**special_ids(loaded.tokenizer.files()), "eos_token_id": ends,
-                      "do_sample": False}
-        (writing / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n",
-                                                        encoding="utf-8")
-        (writing / "README.md").write_text(_card(loaded), encoding="utf-8")
-        written = load_file(writing / WEIGHTS_FILE)
-        for name, weight in fold_multipliers(model):
-            if not torch.equal(written[huggingface_name(name)], weight.to("cpu", DTYPES[dtype])):
-                raise CheckpointError(f"{writing}: {name} is not what was written; check the disk")
-        writing.rename(place)
+        with whole_folder(place) as writing:
+            export_to_huggingface(model, loaded.tokenizer.files(), writing, DTYPES[dtype])
+            (writing / "generation_config.json").write_text(
+                json.dumps(generation, indent=1) + "\n", encoding="utf-8")
+            (writing / "README.md").write_text(_card(loaded), encoding="utf-8")
+            written = load_file(writing / WEIGHTS_FILE)
+            for name, weight in fold_multipliers(model):
+                wanted = weight.to("cpu", DTYPES[dtype])
+                if not torch.equal(written[huggingface_name(name)], wanted):
+                    raise CheckpointError(
+                        f"{writing}: {name} is not what was written; check the disk"
+                    )
     except (OSError, SafetensorError) as error:
         raise _not_written("folder", place, error) from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return place
 
 
@@ -103,22 +103,16 @@ def import_folder(source: Path, name: str, folder: Path | None) -> Path:
     if tokenizer.size > known:
         entries = -(-tokenizer.size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model = import_from_huggingface(source, name, entries)
-    # Whole or not at all: what a kill leaves is hidden, and the next import removes it.
-    writing = place.with_name(f".writing-{place.name}")
-    shutil.rmtree(writing, ignore_errors=True)
+    described = model.config.to_model_config(get_model_config(ModelScale.TINY))
+    told = {"model": to_tree(described),
+            "training": {"parametrisation": Parametrisation.STANDARD.value}}
     try:
-        writing.mkdir(parents=True)
-        CheckpointManager(writing).save(model)
-        tokenizer.save(writing)
-        described = model.config.to_model_config(get_model_config(ModelScale.TINY))
-        told = {"model": to_tree(described),
-                "training": {"parametrisation": Parametrisation.STANDARD.value}}
-        (writing / CONFIG).write_text(to_yaml(told), encoding="utf-8")
-        writing.rename(place)
+        with whole_folder(place) as writing:
+            CheckpointManager(writing).save(model)
+            tokenizer.save(writing)
+            (writing / CONFIG_FILE).write_text(to_yaml(told), encoding="utf-8")
     except OSError as error:
         raise _not_written("into", place, error) from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return place
 
 

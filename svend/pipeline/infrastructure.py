@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svend.data.corpus import Corpus, build_corpus
+from svend.data.corpus import Corpus
 from svend.data.stream import Batch, BatchStream, PackedSequences
 from svend.device import (
     DTYPES,
@@ -25,10 +25,12 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import CheckpointError, DataError, ResourceError, UserError
-from svend.pipeline.benchmarking import evaluation_sets, read_questions
-from svend.pipeline.checkpoint_files import format_bytes, read_folder
+from svend.pipeline.benchmarking import read_questions
 from svend.pipeline.checkpoints import CheckpointManager, verify
+from svend.pipeline.checkpoints.files import format_bytes
+from svend.pipeline.checkpoints.metadata import read_folder
 from svend.pipeline.config import Compile, FullDisk, ModelConfig, PipelineConfig
+from svend.pipeline.run_data import read_run_data
 from svend.planning.plan import check_memory, explain_out_of_memory, is_out_of_memory
 from svend.tracking.runs import check_tracking_store
 from svend.training.loop import train_steps
@@ -147,16 +149,8 @@ class InfrastructureChecks:
         return check_disk(self._config, self._plan_model(), None)
 
     def _check_data(self) -> str:
-        training, model = self._config.training, self._config.model
-        assert model is not None  # set by PipelineConfig.resolve
         read_questions(self._config)
-        corpus = build_corpus(
-            training.data, model.vocab_size, training.data_seed, lambda _: None,
-            evaluation_sets(self._config),
-        )
-        self._corpus = corpus
-        for part in (corpus.train, corpus.heldout):
-            PackedSequences(part, training.data, training.seed)  # each has every kind of the mix
+        corpus = self._corpus = read_run_data(self._config, lambda _: None).corpus
         return f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents"
 
     def _check_tokenizer(self) -> str:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from svend.data.records import file_digest
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.errors import CheckpointError, ConfigError, one_line
-from svend.pipeline.checkpoint_files import MODEL, read_folder, verify
+from svend.pipeline.checkpoints.files import verify
+from svend.pipeline.checkpoints.metadata import MODEL, read_folder
 from svend.pipeline.config import Parametrisation, PipelineConfig
-from svend.pipeline.moves import Moves, registration_of, verify_files
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.schema import read_yaml, to_tree
 from svend.pipeline.state_files import read_state
-from svend.pipeline.version_files import ANY_SIZE, CONFIG, TOKENIZER, WEIGHTS
-from svend.tracking.registry import open_version
+from svend.pipeline.verified_version import open_verified
+from svend.pipeline.version_files import ANY_SIZE, TOKENIZER, WEIGHTS
 
 SCALE_KEYS = ("train_memory_gb", "recommended_samples")
 
@@ -124,10 +125,7 @@ def find_starting_point(place: str) -> StartingPoint:
     Raises UserError, in one line, for what holds nothing, or not what was written.
     """
     if place.startswith("models:/"):
-        version = open_version(place)
-        history = Moves.find(version.name).history()
-        registration = registration_of(version.name, version.version, history)
-        verify_files(version, registration)
+        version, _ = open_verified(place)
         folder = version.folder
         weights, sha256 = folder / WEIGHTS, file_digest(folder / WEIGHTS)
         place = f"models:/{version.name}/{version.version}"
@@ -148,12 +146,14 @@ def find_starting_point(place: str) -> StartingPoint:
             f"init_from = {place}: has no {TOKENIZER}; give a folder that svend import wrote, or "
             "models:/NAME@ALIAS"
         )
-    tree = read_yaml(folder / CONFIG)
+    tree = read_yaml(folder / CONFIG_FILE)
     if not isinstance(tree.get("model"), dict):
-        raise ConfigError(f"{folder / CONFIG}: has no section model; give what svend import wrote")
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: has no section model; give what svend import wrote"
+        )
     training = tree.get("training") or {}
     if not isinstance(training, dict):
-        raise ConfigError(f"{folder / CONFIG}: training = {training}: must be a section")
+        raise ConfigError(f"{folder / CONFIG_FILE}: training = {training}: must be a section")
     keys = ["parametrisation"]
     if training.get("parametrisation") == Parametrisation.COMPLETEP.value:
         keys += ["base_width", "base_depth", "base_head_size"]

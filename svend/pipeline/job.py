@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from svend.data.corpus import Corpus, build_corpus
-from svend.data.stream import PackedSequences
+from svend.data.corpus import Corpus
 from svend.device import (
     check_float8,
     check_precision,
@@ -26,14 +24,13 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import ConfigError
-from svend.models.config import BaseShape
-from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import Question, evaluation_sets, read_questions
+from svend.pipeline.assignment import Assignment, assign
+from svend.pipeline.benchmarking import Question, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
-from svend.pipeline.config import ModelConfig, PipelineConfig, Precision, TrainingConfig
+from svend.pipeline.checkpoints.drive import default_cache_dir, is_on_google_drive
+from svend.pipeline.config import ModelConfig, PipelineConfig, Precision
 from svend.pipeline.console import say
 from svend.pipeline.crew import Crew
-from svend.pipeline.drive_copier import default_cache_dir, is_on_google_drive
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
     Carried,
@@ -46,24 +43,18 @@ from svend.pipeline.hyperparameters import (
 from svend.pipeline.infrastructure import check_disk
 from svend.pipeline.init_from import StartingPoint, find_starting_point
 from svend.pipeline.record import record_hyperparameters, record_inputs
-from svend.pipeline.replica import (
-    Assignment,
-    ModelFactory,
-    Replica,
-    build_replica_state,
-    load_state,
-    take_start,
-)
+from svend.pipeline.replica import Replica, load_state, take_start
+from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_folder import RunFolder, RunIdentity
+from svend.pipeline.run_model import ModelFactory, planned_model, registered_name
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
-from svend.planning.memory import equivalent_model
+from svend.planning.memory import MemoryPlan
 from svend.planning.plan import RunPlan, check_memory, decide_shards, plan_run
 from svend.ranks import Place
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH
 from svend.training.profiling import name_compiled_kernels
-from svend.training.state import TrainState
 
 FORCED_TAG = "svend.forced_resume"
 # What training waits for.
@@ -134,44 +125,32 @@ def prepare_job(
     crew: the processes of the run, which hear here what it is. force: go on with a run although it
     would be another one, and put that on record.
     """
-    training, model_config = config.training, planned_model(config, model_factory)
-    resumed = folder is not None
+    resumed, as_written, model_config = folder, config, planned_model(config, model_factory)
     _mirror_to_wandb(tracked, config, console)
     keep_freed_memory()
-    device = resolve_device(training.device)
-    as_written = config
-    precision, compiled = _choices_of(folder, config)
-    training = replace(training, precision=resolve_precision(precision, device))
-    config = replace(config, training=training)
-    assert config.model is not None  # set by PipelineConfig.resolve
-    shards = decide_shards(model_config, training, device, crew.ranks.place)
-    _check_means(config, device, crew.ranks.place, shards)
-    memory = check_memory(model_config, training, device, crew.ranks.place, shards)
+    means = _choose_means(config, model_config, folder, crew.ranks.place)
+    config, device = means.config, means.device
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
     questions = read_questions(config)
-    corpus = build_corpus(
-        training.data, config.model.vocab_size, training.data_seed,
-        lambda text: console.print(f"data: {text}"), evaluation_sets(config),
-    )
+    data = read_run_data(config, lambda text: console.print(f"data: {text}"))
+    corpus = data.corpus
     if folder is not None and not force:
         folder.check_machine(corpus.fingerprint, corpus.tokenizer.sha256, device.type)
-    sequences = PackedSequences(corpus.train, training.data, training.seed)
-    heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
-    total_steps = training.max_steps or steps_over(sequences, training)
-    training, carried = carry(found, config, total_steps) if found else (training, [])
+    total_steps = config.training.max_steps or steps_over(data.sequences, config.training)
+    training, carried = carry(found, config, total_steps) if found else (config.training, [])
     config = replace(config, training=training)
-    plan = plan_run(training, model_config, total_steps, memory, device, compiled)
+    plan = plan_run(training, model_config, total_steps, means.memory, device, means.compiled)
     manager = None if folder is None else _checkpoint_manager(config, folder)
     start = None
     if config.init_from and (manager is None or not manager.list_checkpoints()):
         start = _find_start(config.init_from, config, corpus, tracked)
     if plan.compile and training.profile:
         name_compiled_kernels()
-    state = _assign(crew, Assignment(
-        config, corpus.fingerprint, total_steps, plan.compile, shards > 1, start is not None,
-        secrets.token_hex(8),
-    ), sequences, model_factory, device)
+    state = assign(crew, Assignment(
+        config, corpus.fingerprint, total_steps, plan.compile, means.shards > 1,
+        start is not None, secrets.token_hex(8),
+    ), data.sequences, model_factory, device)
     weights = None if start is None else start.weights_for(state.model)
     # Measured by the first process while the others wait: together they are as many times as fast.
     plan = replace(
@@ -180,37 +159,51 @@ def prepare_job(
     )
     if folder is None:
         record_inputs(
-            tracked, config, gates, corpus, sequences, plan, describe_device(device)
+            tracked, config, gates, corpus, data.sequences, plan, describe_device(device)
         )
         record_hyperparameters(tracked, found, carried)
         folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found)
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
     job = Job(
-        config=config, device=device, corpus=corpus, sequences=sequences, heldout=heldout,
-        plan=plan, state=state, total_steps=total_steps, crew=crew,
-        model_name=_model_name(config, state.model, model_factory), tracked=tracked, folder=folder,
-        manager=manager or _checkpoint_manager(config, folder), questions=questions,
-        started_seconds=time.monotonic(), carried=carried,
+        config=config, device=device, corpus=corpus, sequences=data.sequences,
+        heldout=data.heldout, plan=plan, state=state, total_steps=total_steps, crew=crew,
+        model_name=registered_name(config, state.model, model_factory), tracked=tracked,
+        folder=folder, manager=manager or _checkpoint_manager(config, folder),
+        questions=questions, started_seconds=time.monotonic(), carried=carried,
     )
     tracked.set_tags({"svend.processes": job.sharing or "1"})
     if weights is not None:
         job.start = weights
         with crew.together():
             take_start(job)
-    if resumed:
+    if resumed is not None:
         _go_on(job, as_written, console)
     return job
 
 
-def _assign(
-    crew: Crew, assignment: Assignment, sequences: PackedSequences,
-    model_factory: ModelFactory | None, device: torch.device,
-) -> TrainState:
-    """Tell the other processes of the run, and build with them the state before step 1."""
-    crew.tell(assignment)
-    crew.hear_answers(assignment.question)
-    with crew.together():
-        return build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
+@dataclass(frozen=True)
+class _Means:
+    """What a run is trained with; compiled: whether to, where that is decided."""
+
+    config: PipelineConfig
+    device: torch.device
+    shards: int
+    memory: tuple[MemoryPlan, int]
+    compiled: bool | None
+
+
+def _choose_means(
+    config: PipelineConfig, model_config: ModelConfig, folder: RunFolder | None, place: Place
+) -> _Means:
+    """Choose device, precision and sharing. Raises UserError for what they cannot do or hold."""
+    device = resolve_device(config.training.device)
+    precision, compiled = _choices_of(folder, config)
+    training = replace(config.training, precision=resolve_precision(precision, device))
+    config = replace(config, training=training)
+    shards = decide_shards(model_config, training, device, place)
+    _check_means(config, device, place, shards)
+    memory = check_memory(model_config, training, device, place, shards)
+    return _Means(config, device, shards, memory, compiled)
 
 
 def _find_start(
@@ -323,12 +316,6 @@ def _mirror_to_wandb(tracked: TrackedRun, config: PipelineConfig, console: Conso
         console.print(f"W&B: {place}", soft_wrap=True)
 
 
-def steps_over(sequences: PackedSequences, training: TrainingConfig) -> int:
-    """Return the steps that the wanted epochs over the data take."""
-    sequences_per_step = training.batch_size * training.gradient_accumulation_steps
-    return math.ceil(training.num_epochs * len(sequences) / sequences_per_step)
-
-
 def _find_hyperparameters(
     config: PipelineConfig, folder: RunFolder | None
 ) -> Hyperparameters | None:
@@ -350,46 +337,3 @@ def _checkpoint_manager(config: PipelineConfig, folder: RunFolder) -> Checkpoint
     name = f"{folder.path.name}-{folder.identity.run_id}"
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     return DriveCheckpointManager(folder.path, cache / name, limit, on_full_disk=on_full_disk)
-
-
-def _model_name(
-    config: PipelineConfig, model: nn.Module, model_factory: ModelFactory | None
-) -> str:
-    """The name in the registry: an own model never enters the one of a scale."""
-    assert config.model is not None  # set by PipelineConfig.resolve
-    if model_factory is None:
-        return config.model.name
-    own = getattr(getattr(model, "config", None), "name", None)
-    scale = config.training.model_scale.value
-    return own if isinstance(own, str) and own != config.model.name else f"custom-{scale}"
-
-
-def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) -> ModelConfig:
-    """Return the architecture to plan for: the scale's, or that of the factory's model.
-
-    The factory is called on the meta device, where nothing is allocated. A module of another
-    kind is planned as a Llama of as many parameters.
-    """
-    assert config.model is not None  # set by PipelineConfig.resolve
-    if model_factory is None:
-        return config.model
-    with torch.device("meta"):
-        model = model_factory(config.training.model_scale)
-    _check_parametrisation(model, config.training)
-    if isinstance(model, ReasoningTransformer):
-        return model.config.to_model_config(config.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return equivalent_model(config.model, parameters)
-
-
-def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:
-    """Raise ConfigError where a factory's model is not parametrised as the config says."""
-    wanted = BaseShape.of(training)
-    own = model.config.base if isinstance(model, ReasoningTransformer) else None
-    if own != wanted:
-        raise ConfigError(
-            f"training.parametrisation = {training.parametrisation.value}: the factory's model has "
-            f"the base {own or 'none'}, the configuration {wanted or 'none'}; give its "
-            "TransformerConfig base=BaseShape.of(config.training), or set "
-            "training.parametrisation=standard for a module of another kind"
-        )

@@ -8,7 +8,8 @@ from typing import Any
 
 from svend.errors import ConfigError
 from svend.pipeline.groups import CONF_DIR, GROUPS, read_group
-from svend.pipeline.options import DataConfig, PipelineConfig
+from svend.pipeline.options.data import DataConfig
+from svend.pipeline.options.pipeline import PipelineConfig
 from svend.pipeline.schema import build, merge_trees, parse_value, read_yaml, to_tree
 
 # Where things lie, how much is kept and what is looked at: a resumed run, or a sweep's worker, may
@@ -22,6 +23,8 @@ MAY_CHANGE = {
     "training.parallel", "training.profile",
     "training.save_total_limit", "training.shard_processes", "rank_timeout_seconds",
 }
+# The name under which a run, a version or an import keeps its resolved config.
+CONFIG_FILE = "config.yaml"
 # What names a Python file or module that is imported.
 NAMES_CODE = ("training.data.own_sources",)
 
@@ -76,6 +79,14 @@ def names_code(key: str) -> bool:
     key = full_key(key)
     return any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.")
                for own in NAMES_CODE)
+
+
+def split_overrides(
+    overrides: Sequence[tuple[str, str]], prefix: str
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return those whose keys begin with the prefix, without it, and the others by full keys."""
+    own = [(key.removeprefix(prefix), text) for key, text in overrides if key.startswith(prefix)]
+    return own, [(full_key(key), text) for key, text in overrides if not key.startswith(prefix)]
 
 
 def value_at(config: PipelineConfig, key: str) -> Any:

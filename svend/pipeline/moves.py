@@ -17,13 +17,11 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from svend.data.records import file_digest
-from svend.errors import CheckpointError, UserError
+from svend.errors import UserError
 from svend.pipeline.config import ValidationGate
 from svend.pipeline.validation import GateLevel
 from svend.tracking.ledger import Ledger, Record, text_digest
 from svend.tracking.registry import (
-    OpenedVersion,
     acting_user,
     describe_version,
     set_alias,
@@ -310,33 +308,6 @@ class Moves:
         verdict = history.verdict(move)
         if verdict is not None:
             tag_version(self.model, move.version, verdict_tags(verdict["rows"]))
-
-
-def registration_of(model: str, version: str, history: History) -> Registration:
-    """Return what a version was when it was registered. Raises UserError if it is not on record."""
-    registration = history.registration(version)
-    if registration is None:
-        known = ", ".join(reversed(history.registered())) or "none"
-        raise UserError(
-            f"{model} version {version}: its registration is not on record; there are the "
-            f"versions {known}"
-        )
-    return registration
-
-
-def verify_files(version: OpenedVersion, registration: Registration) -> None:
-    """Raise CheckpointError unless every file of a version is what was registered."""
-    where = f"model models:/{version.name}/{version.version}"
-    for name, sha256 in registration.files.items():
-        path = version.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{where}: {path} is missing; restore it, or register another")
-        found = file_digest(path)
-        if found != sha256:
-            raise CheckpointError(
-                f"{where}: {path} has the hash {found[:12]}, recorded is {sha256[:12]}; it is not "
-                "what was registered"
-            )
 
 
 def _description(history: History, version: str) -> str:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from svend.data.corpus import build_corpus
-from svend.data.stream import PackedSequences
 from svend.device import available_bytes, describe_device, resolve_device, resolve_precision
-from svend.pipeline.benchmarking import evaluation_sets
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.console import make_console
 from svend.pipeline.hyperparameters import (
@@ -17,8 +14,9 @@ from svend.pipeline.hyperparameters import (
     fetch_hyperparameters,
     locate_hyperparameters,
 )
-from svend.pipeline.job import planned_model, steps_over
 from svend.pipeline.report import show_preview
+from svend.pipeline.run_data import read_run_data, steps_over
+from svend.pipeline.run_model import planned_model
 from svend.planning.plan import predict_memory_on, size_run
 
 
@@ -38,13 +36,8 @@ def preview_run(config: PipelineConfig) -> dict[str, Any]:
     config = replace(config, training=training)
     total_steps = training.max_steps
     if total_steps is None:
-        corpus = build_corpus(
-            training.data, model.vocab_size, training.data_seed,
-            lambda text: console.print(f"data: {text}"), evaluation_sets(config),
-        )
-        total_steps = steps_over(
-            PackedSequences(corpus.train, training.data, training.seed), training
-        )
+        data = read_run_data(config, lambda text: console.print(f"data: {text}"))
+        total_steps = steps_over(data.sequences, training)
     carried: list[Carried] = []
     if config.hparams is not None:
         found = fetch_hyperparameters(

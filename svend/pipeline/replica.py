@@ -16,53 +16,28 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from svend.data.corpus import Corpus, build_corpus
-from svend.data.stream import BatchStream, PackedSequences
+from svend.data.stream import PackedSequences
 from svend.device import DTYPES
-from svend.errors import DataError, UserError, one_line
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
-from svend.models.config import BaseShape, TransformerConfig
-from svend.models.float8 import compute_in_float8
 from svend.models.shards import is_sharded, whole
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import evaluation_sets
-from svend.pipeline.checkpoint_files import read_metadata
-from svend.pipeline.checkpoints import load_parts
-from svend.pipeline.config import ModelScale, PipelineConfig
-from svend.pipeline.crew import Crew, Dismissal
-from svend.pipeline.sharded_files import PartialSave, size_of
+from svend.pipeline.checkpoints.metadata import read_metadata
+from svend.pipeline.checkpoints.sharded import PartialSave, size_of
+from svend.pipeline.checkpoints.states import load_parts
+from svend.pipeline.config import PipelineConfig
+from svend.pipeline.crew import Crew
 from svend.training.examination import Examination, examine_step
 from svend.training.health import HealthProbe
 from svend.training.loop import StepMetrics, train_steps
-from svend.training.low_memory import prepare_weights
-from svend.training.parallel import Ranks, give_up, shard_mesh, shard_model
 from svend.training.schedules import learning_rate_factor
-from svend.training.state import TrainState, build_state
+from svend.training.state import TrainState
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ModelFactory = Callable[[ModelScale], nn.Module]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the first process tells the others of a run before its first step.
-
-    The config as it was resolved on the first's machine. starts: whether weights come from it.
-    question: under which they answer that they are ready.
-    """
-
-    config: PipelineConfig
-    data_fingerprint: str
-    total_steps: int
-    compiled: bool
-    sharded: bool
-    starts: bool
-    question: str
 
 
 @dataclass(kw_only=True)
@@ -110,112 +85,6 @@ class Replica:
     ) -> T:
         """Have every process run one of the functions below; only the first may call."""
         return self.crew.call(operation, self, *args, **kwargs)
-
-
-def build_replica_state(
-    assignment: Assignment, sequences: PackedSequences, model_factory: ModelFactory | None,
-    device: torch.device, ranks: Ranks,
-) -> TrainState:
-    """Return the state before step 1, of which this process holds the whole or a part.
-
-    Each process of the run must call this with the same assignment.
-    """
-    config = assignment.config
-    training = config.training
-    mesh = shard_mesh(ranks, device, training.shard_processes) if assignment.sharded else None
-    model = build_model(config, model_factory, device, mesh)
-    if assignment.compiled and isinstance(model, ReasoningTransformer):
-        model.compile_blocks()
-    stream = BatchStream(
-        sequences, training.batch_size, training.gradient_accumulation_steps, ranks.rank, ranks.size
-    )
-    return build_state(model, stream, training, assignment.total_steps, device, ranks)
-
-
-def follow_run(model_factory: ModelFactory | None, device: torch.device, crew: Crew) -> Any:
-    """Do a process's share of the run that the first one leads; return how that one ended it."""
-    try:
-        told = crew.hear()
-        if isinstance(told, Assignment):
-            return crew.follow(_join_run(told, model_factory, device, crew))
-    except Exception as error:
-        give_up()
-        crew.leave_note(f"{type(error).__name__}: {one_line(error)[:200]}")
-        raise
-    assert isinstance(told, Dismissal)
-    return told.outcome
-
-
-def _join_run(
-    assignment: Assignment, model_factory: ModelFactory | None, device: torch.device, crew: Crew
-) -> Replica:
-    config, training = assignment.config, assignment.config.training
-    try:
-        corpus = _same_corpus(assignment)
-    except UserError as error:
-        crew.answer(assignment.question, one_line(error))
-        raise
-    crew.answer(assignment.question, None)
-    sequences = PackedSequences(corpus.train, training.data, training.seed)
-    heldout = PackedSequences(corpus.heldout, training.data, training.data_seed)
-    state = build_replica_state(assignment, sequences, model_factory, device, crew.ranks)
-    replica = Replica(
-        config=config, device=device, sequences=sequences, heldout=heldout, state=state,
-        total_steps=assignment.total_steps, crew=crew,
-    )
-    if assignment.starts:
-        take_start(replica)
-    return replica
-
-
-def _same_corpus(assignment: Assignment) -> Corpus:
-    """Return the data as they are here; raises DataError where they are others."""
-    config, data = assignment.config, assignment.config.training.data
-    assert config.model is not None  # set by PipelineConfig.resolve
-    corpus = build_corpus(
-        data, config.model.vocab_size, config.training.data_seed, lambda _: None,
-        evaluation_sets(config),
-    )
-    if corpus.fingerprint != assignment.data_fingerprint:
-        raise DataError(
-            f"the data here have the fingerprint {corpus.fingerprint[:16]}, those of rank 0 "
-            f"{assignment.data_fingerprint[:16]}; give every machine the same files"
-        )
-    return corpus
-
-
-def build_model(
-    config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device,
-    mesh: DeviceMesh | None = None,
-) -> nn.Module:
-    """Return the model of the config's scale, its weights drawn from the config's seed.
-
-    mesh: of the processes that each hold a part of it. No process then ever holds the whole, but of
-    a factory's model.
-    """
-    assert config.model is not None  # set by PipelineConfig.resolve
-    training = config.training
-    torch.manual_seed(training.seed)
-    if model_factory is not None:
-        model = model_factory(training.model_scale)
-    else:
-        with torch.device("meta"):
-            model = ReasoningTransformer(
-                TransformerConfig.from_model_config(config.model, BaseShape.of(training))
-            )
-    if isinstance(model, ReasoningTransformer):
-        if training.gradient_checkpointing:
-            model.checkpoint_blocks(training.gradient_checkpointing_policy)
-        if training.float8:
-            compute_in_float8(model.blocks)
-    if mesh is not None:
-        prepare_weights(model, training)  # what is sharded keeps its precision
-        shard_model(model, mesh, training)
-    if model_factory is None:
-        assert isinstance(model, ReasoningTransformer)
-        model.to_empty(device=device)
-        model.initialize(training.seed)
-    return model
 
 
 def begin_stage(replica: Replica, last_step: int, decays_to: int | None, *, looks: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,9 @@ from svend.planning.plan import RunPlan, RunSize
 from svend.tracking.pages import is_local, run_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
+# A line per step and every verdict at DEBUG, under the name that users know.
+run_logger = logging.getLogger("svend.pipeline.runner")
+COMPILING = "compiling one block for all"
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
 
@@ -154,9 +158,14 @@ def show_checks(console: Console, results: Iterable[CheckResult]) -> list[CheckR
 
 
 class TrainingProgress(TerminalBar):
-    """A progress bar on a terminal; a plain line every few seconds elsewhere."""
+    """A progress bar on a terminal; a plain line every few seconds elsewhere.
 
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+    compiles_after: the step behind which the blocks are compiled, None where they are not.
+    """
+
+    def __init__(
+        self, console: Console, total_steps: int, first_step: int, compiles_after: int | None = None
+    ) -> None:
         super().__init__(
             console, BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
             _StatusColumn(self), transient=False,
@@ -164,7 +173,8 @@ class TrainingProgress(TerminalBar):
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
-        self._status = ""
+        self._compiles_after = compiles_after
+        self._status = COMPILING if compiles_after == first_step else ""
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
 
     def advance(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
@@ -176,6 +186,8 @@ class TrainingProgress(TerminalBar):
             self._status = (
                 f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {format_seconds(left)} left"
             )
+        if step == self._compiles_after:
+            self._status = f"{self._status}  {COMPILING}".lstrip()
         self._bar.update(self._task, completed=step)
         self.show_line(f"step {step}/{self._total}  {self._status}",
                        at_once=step in (1, self._total))
@@ -248,11 +260,12 @@ def hyperparameters_table(carried: Sequence[Carried]) -> Table:
     for name in ("key", "found", "here", "why"):
         table.add_column(name)
     for row in carried:
-        table.add_row(row.key, _number(row.found), _number(row.here), row.why)
+        table.add_row(row.key, format_value(row.found), format_value(row.here), row.why)
     return table
 
 
-def _number(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a setting's value as people read it: a float to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

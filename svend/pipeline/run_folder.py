@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,14 +13,14 @@ from typing import Any
 
 from svend.errors import UserError
 from svend.pipeline.config import PipelineConfig, Precision
-from svend.pipeline.folders import LOCK_FILE, FolderLock, write_whole
+from svend.pipeline.folder_lock import LOCK_FILE, FolderLock
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
-from svend.pipeline.loading import MAY_CHANGE
+from svend.pipeline.loading import CONFIG_FILE, MAY_CHANGE
 from svend.pipeline.schema import build, flatten, read_yaml, to_tree, to_yaml
+from svend.pipeline.whole_files import append_lines, read_lines, write_whole
 from svend.tracking.spool import ADDRESS, SPOOL
 
 RUN_FILE = "run.json"
-CONFIG_FILE = "config.yaml"
 VERDICTS_FILE = "verdicts.jsonl"
 
 
@@ -226,23 +225,14 @@ class RunFolder:
                 self.path.rmdir()
 
     def append_verdict(self, rows: Iterable[dict[str, Any]]) -> None:
-        with (self.path / VERDICTS_FILE).open("a", encoding="utf-8") as stream:
-            # The line break comes first, so that a line torn by a kill spoils no other.
-            stream.write("".join("\n" + json.dumps(row) for row in rows))
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self.path / VERDICTS_FILE, rows)
 
     def read_verdicts(self, checkpoint_sha256: str | None = None) -> list[dict[str, Any]]:
         """Return a row per gate decided so far, of one checkpoint where its hash is given.
 
         A line torn by a kill is left out.
         """
-        path = self.path / VERDICTS_FILE
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
-        rows = [row for row in rows if isinstance(row, dict)]
+        rows = [row for row in read_lines(self.path / VERDICTS_FILE) if isinstance(row, dict)]
         if checkpoint_sha256 is None:
             return rows
         return [row for row in rows if row.get("checkpoint_sha256") == checkpoint_sha256]

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
-from svend.device import (
-    describe_device,
-    keep_freed_memory,
-    peak_bytes,
-    resolve_device,
-    resolve_precision,
-)
-from svend.errors import (
-    GateFailure,
-    Interrupted,
-    RankLost,
-    ResourceError,
-    TrialPruned,
-    UserError,
-)
-from svend.evaluation.heldout import HeldoutLoss
-from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import evaluate_model
-from svend.pipeline.branches import find_branch, follow_branch, horizon_at, record_horizon
-from svend.pipeline.checkpoints import Checkpoint, DriveCheckpointManager
-from svend.pipeline.config import Branch, ModelScale, PipelineConfig
+from svend.device import describe_device, keep_freed_memory, resolve_device, resolve_precision
+from svend.errors import Interrupted, RankLost, ResourceError, UserError
+from svend.pipeline.assignment import follow_run
+from svend.pipeline.branches import find_branch, follow_branch
+from svend.pipeline.checkpoints import DriveCheckpointManager
+from svend.pipeline.checkpoints.drive import mount_google_drive
+from svend.pipeline.conclusion import conclude_run
+from svend.pipeline.config import Branch, PipelineConfig
 from svend.pipeline.console import make_console, say
 from svend.pipeline.crew import Crew, Farewell, stay_for_orders
 from svend.pipeline.divergence import (
@@ -44,95 +29,33 @@ from svend.pipeline.divergence import (
     find_good_checkpoint,
     go_back,
 )
-from svend.pipeline.drive_copier import mount_google_drive
-from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.health import HEALTH_TAG, HealthFigures, HealthMonitor
+from svend.pipeline.gatekeeper import STOPPING, Gatekeeper
 from svend.pipeline.infrastructure import CheckResult, InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
-from svend.pipeline.job import (
-    Job,
-    Saving,
-    planned_model,
-    prepare_job,
-)
+from svend.pipeline.job import Job, prepare_job
 from svend.pipeline.nested import NestedRun
-from svend.pipeline.record import (
-    measurement_rows,
-    passed_levels,
-    record_evaluation,
-    record_verdicts,
-    register_version,
-    undecided,
-)
-from svend.pipeline.replica import (
-    ModelFactory,
-    begin_partial_save,
-    build_model,
-    count_nonfinite,
-    follow_run,
-    gather_model,
-    load_weights,
-    measure_heldout,
-    sharded_bytes,
-    stage_steps,
-)
-from svend.pipeline.report import (
-    TrainingProgress,
-    show_checks,
-    show_measured,
-    show_next_steps,
-    show_plan,
-    verdict_table,
-)
+from svend.pipeline.outcome import Ending, PipelineResult
+from svend.pipeline.record import record_verdicts
+from svend.pipeline.replica import stage_steps
+from svend.pipeline.report import TrainingProgress, show_checks, show_plan
+from svend.pipeline.run_evaluation import evaluate_benchmarks, evaluate_heldout
 from svend.pipeline.run_folder import RunFolder
-from svend.pipeline.validation import (
-    Evidence,
-    GateLevel,
-    Measurement,
-    PipelineValidator,
-    ValidationGate,
-    ValidationResult,
-)
+from svend.pipeline.run_model import ModelFactory, build_model, planned_model
+from svend.pipeline.saving import begin_save
+from svend.pipeline.step_log import StepLog
+from svend.pipeline.validation import PipelineValidator, ValidationGate
 from svend.planning.plan import explain_out_of_memory, is_out_of_memory
 from svend.ranks import Place, find_place
-from svend.tracking.ledger import told_by_the_store
-from svend.tracking.registry import RegisteredVersion
 from svend.tracking.run import TrackedRun
-from svend.tracking.runs import MAX_TAG_LENGTH, end_joined_run, joined_experiment_name
-from svend.training.health import HealthReading
-from svend.training.loop import StepMetrics
+from svend.tracking.runs import end_joined_run, joined_experiment_name
+from svend.training.loop import StepMetrics, runs_uncompiled
 from svend.training.parallel import join_ranks
 from svend.training.profiling import profiled_steps
 
+__all__ = ["PipelineResult", "ScaleRunner", "follow_runs", "say_farewell"]
 
-@dataclass(frozen=True)
-class PipelineResult:
-    """How a run ended, behind which step. `final_loss` is the held-out loss last measured, or NaN.
-
-    `error` is the user's mistake, the failed gate or the stopped trial that ended it, if one did.
-    `interrupted_at_once`: by a second signal, or the end of the grace time; a save that was under
-    way is left to itself.
-    """
-
-    scale: ModelScale
-    success: bool
-    final_loss: float
-    training_time_seconds: float
-    reason: str | None = None
-    error: UserError | None = None
-    interrupted: bool = False
-    interrupted_at_once: bool = False
-    steps: int = 0
-    run_id: str | None = None
-    checkpoint_dir: Path | None = None
-    registered: RegisteredVersion | None = None
-
-
-logger = logging.getLogger(__name__)
 # For telling the tracking store of an end that is to be at once.
 LAST_WORD_SECONDS = 2.0
-# The levels that are about training itself.
-STOPPING = (GateLevel.QUICK, GateLevel.STANDARD)
 
 
 class ScaleRunner:
@@ -163,7 +86,7 @@ class ScaleRunner:
             thresholds=config.training.validation_gates,
         )
         self._console = make_console()
-        self._health = HealthMonitor(config.health)
+        self._gatekeeper = Gatekeeper(self.validator, self._console, nested)
 
     def run(self, resume: bool = False, force: bool = False) -> PipelineResult:
         """Train, gate, checkpoint and register; with `resume`, go on where the last run stopped.
@@ -196,10 +119,8 @@ class ScaleRunner:
         self._job: Job | None = None
         tracked: TrackedRun | None = None
         folder: RunFolder | None = None
-        status, reason, registered = "FINISHED", None, None
-        failure: UserError | None = None
-        grace_seconds = self.config.grace_seconds
-        with StopSignals(grace_seconds, exits=self.owns_process) as signals:
+        ending, registered = Ending("FINISHED"), None
+        with StopSignals(self.config.grace_seconds, exits=self.owns_process) as signals:
             try:
                 config = _within_experiment(self.config).resolve()
                 mount_google_drive(Path(config.checkpoint_dir).expanduser())
@@ -212,41 +133,31 @@ class ScaleRunner:
                 with self._explaining_out_of_memory():
                     job = self._prepare(config, tracked, folder, self._crew, force)
                     self._train(job, signals)
-                    registered = self._finish(job, signals)
-                self._require_full(job)
-            except TrialPruned as pruned:
-                failure, reason = pruned, str(pruned)
-            except UserError as error:
-                failure, status, reason = error, "FAILED", str(error)
-            except OSError as error:
-                status, reason = "FAILED", f"{type(error).__name__}: {error}"
-                if error.errno != errno.ENOSPC:
-                    raise
-                reason = (f"{error.filename or config.checkpoint_dir}: the disk is full; make "
-                          "room, and go on with resume=true")
-            except Interrupted as interruption:
-                status, reason = "KILLED", str(interruption)
+                    registered = conclude_run(
+                        job, self.validator, self._gatekeeper, self.nested, self._console,
+                        lambda: signals.requested is not None,
+                    )
+                self._gatekeeper.require_full(job)
             except BaseException as error:
-                status, reason = "FAILED", f"{type(error).__name__}: {error}"
-                raise
+                ending = Ending.by(error, self.config.checkpoint_dir)
+                if ending.is_bug:
+                    raise
             finally:
                 signals.closing()
                 if tracked is not None:
-                    # A checkpoint of which a part will never come is not waited for.
-                    self._close(tracked, signals, status, reason,
-                                saves=not isinstance(failure, RankLost))
-                elif reason is not None:
-                    end_joined_run(status, reason)
+                    self._close(tracked, signals, ending)
+                elif ending.reason is not None:
+                    end_joined_run(ending.status, ending.reason)
                 if folder is not None:
                     folder.release()
         result = PipelineResult(
             scale=self.config.training.model_scale,
-            success=status == "FINISHED" and failure is None,
+            success=ending.reason is None,
             final_loss=self._job.final_loss if self._job else math.nan,
             training_time_seconds=time.monotonic() - started_seconds,
-            reason=reason,
-            error=failure,
-            interrupted=status == "KILLED",
+            reason=ending.reason,
+            error=ending.mistake,
+            interrupted=ending.status == "KILLED",
             interrupted_at_once=signals.at_once,
             steps=self._job.state.step if self._job else 0,
             run_id=tracked.run_id if tracked else None,
@@ -319,12 +230,11 @@ class ScaleRunner:
         )
         return show_checks(self._console, checks.run())
 
-    def _close(
-        self, tracked: TrackedRun, signals: StopSignals, status: str, reason: str | None,
-        *, saves: bool,
-    ) -> None:
+    def _close(self, tracked: TrackedRun, signals: StopSignals, ending: Ending) -> None:
         """Wait for what is on its way, as long as there is time, and end the run."""
         job = self._job
+        # A checkpoint of which a part will never come is not waited for.
+        saves = not isinstance(ending.mistake, RankLost)
         if job is not None and saves and not signals.at_once:
             self._close_checkpoints(job)
         at_once = signals.at_once
@@ -333,7 +243,7 @@ class ScaleRunner:
             0.8 * signals.remaining_seconds,
         )
         unsent = tracked.end(
-            status, reason, wait_seconds, lambda: signals.at_once and not at_once
+            ending.status, ending.reason, wait_seconds, lambda: signals.at_once and not at_once
         )
         for line in unsent:
             say(self._console, line)
@@ -342,6 +252,14 @@ class ScaleRunner:
             if waits and not job.manager.list_checkpoints():
                 job.folder.discard_if_empty()
             job.folder.release()
+
+    def _close_checkpoints(self, job: Job) -> None:
+        """Wait for checkpoints on their way to another place; say so if some have not arrived."""
+        if isinstance(job.manager, DriveCheckpointManager) and not job.manager.close():
+            self._console.print(
+                f"warning: not every checkpoint has arrived in {job.folder.path}; they are in "
+                f"{job.manager.output_dir}, and arrive when the run is resumed on this machine"
+            )
 
     def _track(self, config: PipelineConfig, folder: RunFolder | None) -> TrackedRun:
         if folder is not None:
@@ -367,11 +285,14 @@ class ScaleRunner:
         A checkpoint due at a skipped step is put off until one is accepted.
         """
         training, total_steps = job.config.training, job.plan.total_steps
-        self._health = HealthMonitor(job.config.health)
+        gatekeeper, log = self._gatekeeper, StepLog(job, self._console)
         self._begin(job, signals)
-        pending: list[StepMetrics] = []
         save_due = False
-        progress = TrainingProgress(self._console, total_steps, job.state.step)
+        compiles_after = None
+        if job.plan.compile:
+            first = job.state.step + 1
+            compiles_after = first if runs_uncompiled(first, job.state.device) else job.state.step
+        progress = TrainingProgress(self._console, total_steps, job.state.step, compiles_after)
         with progress, signals.deferred():
             for metrics in self._steps(job):
                 if math.isnan(job.start_seconds):
@@ -379,7 +300,7 @@ class ScaleRunner:
                     job.start_seconds = time.time() - psutil.Process().create_time()
                 step, last = metrics.step, metrics.step == total_steps
                 branch = find_branch(job)
-                pending.append(metrics)
+                log.add(metrics)
                 quick = step % training.quick_gate_steps == 0 or last
                 save_due = (
                     save_due or last or step % training.save_steps == 0 or branch is not None
@@ -387,8 +308,8 @@ class ScaleRunner:
                 read = step % training.logging_steps == 0 or quick or save_due
                 readings: list[StepReading] = []
                 if read or signals.requested:
-                    readings, speed = self._log(job, pending)
-                    pending.clear()
+                    readings, speed = log.read()
+                    self._require_health(job, log)
                     progress.advance(step, readings[-1].loss, speed)
                     divergence = find_divergence(job, readings, look_at_weights=quick or save_due)
                     if divergence is not None:
@@ -399,14 +320,14 @@ class ScaleRunner:
                     progress.advance(step, None, None)
                 save = save_due and (last or not readings[-1].skipped)
                 if quick and not save:  # where it is saved, QUICK is decided on the held-out loss
-                    self._gate_quick(job)
+                    gatekeeper.gate_quick(job)
                 if save:
                     save_due = False
                     self._evaluate_and_save(job, signals)
                     if branch is not None and signals.requested is None:
                         self._follow(job, branch, signals)
                 if last or (job.saving is not None and job.saving.done):
-                    self._settle(job)
+                    gatekeeper.settle(job)
                 if signals.requested and not last:
                     self._stop(job, signals)
         signals.raise_if_requested()
@@ -414,16 +335,16 @@ class ScaleRunner:
     def _begin(self, job: Job, signals: StopSignals) -> None:
         """Do what belongs to the step that the run begins or goes on from."""
         if job.state.step == 0:
-            self._evaluate(job)
+            evaluate_heldout(job)
             return
-        self._decide_if_undecided(job)
+        self._gatekeeper.decide_if_undecided(job)
         branch = find_branch(job)  # of a process that was killed on it
         if branch is not None:
             self._follow(job, branch, signals)
 
     def _follow(self, job: Job, branch: Branch, signals: StopSignals) -> None:
         """See what the run would have reached, had it ended at a horizon."""
-        self._settle(job)
+        self._gatekeeper.settle(job)
         with job.spending("branches"):
             horizon = follow_branch(job, branch, lambda: signals.requested is not None)
         if horizon is not None:
@@ -447,141 +368,28 @@ class ScaleRunner:
 
         return profiled_steps(steps, job.plan.total_steps - job.state.step, folder, report)
 
-    def _log(self, job: Job, pending: list[StepMetrics]) -> tuple[list[StepReading], float]:
-        """Read the pending steps from the device and log them; return them and tokens/s."""
-        readings = [
-            StepReading(
-                metrics.step, float(metrics.loss), float(metrics.gradient_norm),
-                int(metrics.skipped_steps), int(metrics.skipped_in_a_row),
-            )
-            for metrics in pending
-        ]
-        # After the reads, which wait for the device: the time is that of finished work.
-        seconds = time.perf_counter() - pending[0].started_seconds
-        tokens_per_second = len(pending) * job.plan.tokens_per_step / seconds
-        with job.spending("tracking"):
-            self._track_steps(job, pending, readings, tokens_per_second)
-        for reading in readings:
-            job.state.trend.add(reading.step, reading.loss)
-            if reading.skipped:
-                self._console.print(f"step {reading.step}: skipped ({reading})")
-        for metrics, reading in zip(pending, readings, strict=True):
-            if metrics.health is not None:
-                self._check_health(job, metrics, metrics.health, reading)
-        return readings, tokens_per_second
-
-    def _check_health(
-        self, job: Job, metrics: StepMetrics, health: HealthReading, reading: StepReading
-    ) -> None:
-        """Log what a look saw; warn of what is out of bounds, or end the run by HealthError."""
-        figures = HealthFigures.read(health)
-        with job.spending("tracking"):
-            job.tracked.log_metrics(figures.metrics(), metrics.step)
-        lines = self._health.judge(
-            figures, metrics.step, metrics.learning_rate / job.config.training.learning_rate,
-            reading.skipped_steps, skipped=reading.skipped,
-        )
-        for line in lines:
-            say(self._console, f"warning: health at {line}")
-        if lines:
-            job.tracked.set_tags({HEALTH_TAG: self._health.summary[:MAX_TAG_LENGTH]})
-        if self._health.failure is not None:
-            self._settle(job)
-            record_verdicts(job.tracked, job.folder)
-            raise self._health.failure
-
-    def _track_steps(
-        self,
-        job: Job,
-        pending: list[StepMetrics],
-        readings: list[StepReading],
-        tokens_per_second: float,
-    ) -> None:
-        flops_per_second = tokens_per_second * job.plan.flops_per_token
-        for metrics, reading in zip(pending, readings, strict=True):
-            logger.debug(
-                "step %d: loss %.4f, gradient norm %.3f, learning rate %.3g, %d tokens",
-                metrics.step, reading.loss, reading.gradient_norm, metrics.learning_rate,
-                metrics.tokens,
-            )
-            job.tracked.log_metrics(
-                {
-                    "train/loss": reading.loss,
-                    "train/gradient_norm": reading.gradient_norm,
-                    "train/skipped_steps": reading.skipped_steps,
-                    "train/learning_rate": metrics.learning_rate,
-                    "train/tokens": metrics.tokens,
-                    "train/flops": float(metrics.step) * job.plan.tokens_per_step
-                    * job.plan.flops_per_token,
-                    "train/tokens_per_second": tokens_per_second,
-                    "train/flops_per_second": flops_per_second,
-                    "train/peak_fraction": flops_per_second / job.plan.peak_flops,
-                },
-                metrics.step,
-            )
-
-        job.tracked.log_metrics(
-            {
-                f"data/epochs/{job.corpus.counts[number].source}": epoch
-                for number, epoch in job.state.stream.epochs_by_source().items()
-            },
-            pending[-1].step,
-        )
+    def _require_health(self, job: Job, log: StepLog) -> None:
+        """End the run by HealthError where a look found what it may not go on with."""
+        if log.health_failure is not None:
+            self._gatekeeper.settle(job)
+            record_verdicts(job.tracked, job.folder.read_verdicts())
+            raise log.health_failure
 
     def _rewind(self, job: Job, divergence: Divergence) -> None:
         """Go back to the last good checkpoint, once; then, or where there is none, fail."""
-        self._settle(job)
+        self._gatekeeper.settle(job)
         if job.state.rewinds:
             raise fail(job, divergence, "it had gone back to a checkpoint before")
         checkpoint = find_good_checkpoint(job)
         if checkpoint is None:
             raise fail(job, divergence, "there is no good checkpoint to go back to")
         metrics = go_back(job, divergence, checkpoint)
-        self._save(job, metrics)
-        self._settle(job)
+        begin_save(job, metrics)
+        self._gatekeeper.settle(job)
         self._console.print(
             f"step {divergence.at.step}: {divergence.reason}; back at step {job.state.step}, and "
             "on behind the data in between", soft_wrap=True,
         )
-
-    def _gate_quick(self, job: Job) -> None:
-        """Decide QUICK on the last accepted step: what a skipped one measured moved no weight."""
-        accepted = job.state.guard.last_accepted()
-        if accepted is None:
-            return
-        loss, _ = accepted
-        evidence = Evidence(
-            job.state.step, None, job.corpus.fingerprint, job.tracked.run_id
-        )
-        self._record(job, self._decide_quick(job, loss, evidence))
-
-    def _decide_quick(self, job: Job, loss: float, evidence: Evidence) -> ValidationResult:
-        measurements = {
-            "loss": Measurement(loss),
-            "nonfinite_parameters": Measurement(job.call(count_nonfinite)),
-        }
-        return self.validator.decide(GateLevel.QUICK, measurements, evidence)
-
-    def _evaluate(self, job: Job) -> HeldoutLoss:
-        training = job.config.training
-        with job.spending("evaluating"):
-            measured = job.call(measure_heldout)
-        job.final_loss = measured.loss
-        if math.isnan(job.first_loss):
-            job.first_loss = measured.loss
-        if job.state.step <= job.evaluated_step:
-            return measured  # logged before
-        job.evaluated_step = job.state.step
-        bytes_per_token = job.heldout.bytes_per_token(training.heldout_sequences)
-        job.tracked.log_metrics(
-            {
-                "eval/heldout_loss": measured.loss,
-                "eval/perplexity": measured.perplexity,
-                "eval/bits_per_byte": measured.bits_per_byte(bytes_per_token),
-            },
-            job.state.step,
-        )
-        return measured
 
     def _evaluate_and_save(self, job: Job, signals: StopSignals) -> None:
         """Measure the weights, decide on them, and begin to save them.
@@ -589,290 +397,37 @@ class ScaleRunner:
         Benchmarks are measured at the first checkpoint after each `evaluation.every_steps`; those
         of the end come when it is known which checkpoint is the best.
         """
-        self._settle(job)
-        measured = self._evaluate(job)
+        gatekeeper = self._gatekeeper
+        gatekeeper.settle(job)
+        measured = evaluate_heldout(job)
         if self.nested is not None:
             self.nested.judge(job.state.step, measured.loss)
         _, norm = job.state.guard.last_accepted() or (math.nan, math.nan)
         values = {"loss": measured.loss, "perplexity": measured.perplexity, "gradient_norm": norm}
-        verdicts = self._decide(job, measured, norm)
+        verdicts = gatekeeper.decide(job, measured, norm)
         every, step = job.config.evaluation.every_steps, job.state.step
         if every and step < job.plan.total_steps and step // every > job.saved_step // every:
-            verdicts += self._evaluate_benchmarks(job, signals)
-        self._save(job, values, verdicts)
+            measurements = evaluate_benchmarks(
+                job, self._console, lambda: signals.requested is not None
+            )
+            if measurements is not None:
+                verdicts += gatekeeper.decide_full(job, measurements)
+        begin_save(job, values, verdicts)
         if not all(verdict.passed for verdict in verdicts if verdict.level in STOPPING):
-            self._settle(job)
-
-    def _evaluate_benchmarks(self, job: Job, signals: StopSignals) -> tuple[ValidationResult, ...]:
-        """Measure the benchmarks on the weights as they are, and decide what they are enough for.
-
-        That is FULL, and PRODUCTION where each of its metrics was measured.
-        """
-        model, step = job.state.model, job.state.step
-        if not job.config.eval_benchmarks:
-            return ()
-        if not isinstance(model, ReasoningTransformer):
-            self._console.print(
-                f"benchmarks: not measured; {type(model).__name__} is no ReasoningTransformer"
-            )
-            return ()
-        heldout = self._evaluate(job)
-        with job.spending("evaluating"), AnswerProgress(self._console) as progress:
-            whole = job.call(gather_model)
-            assert isinstance(whole, ReasoningTransformer)
-            evaluation = evaluate_model(
-                job.config, whole, job.corpus.tokenizer, job.questions, lambda: heldout,
-                progress.advance, lambda: signals.requested is not None,
-            )
-        record_evaluation(job.tracked, evaluation, step)
-        job.measured = evaluation.measurements
-        self._console.print(measurement_table(evaluation.results, evaluation.measurements))
-        return self._decide_full(job, {**heldout.measurements(), **evaluation.measurements})
-
-    def _decide_full(
-        self, job: Job, measurements: Mapping[str, Measurement]
-    ) -> tuple[ValidationResult, ...]:
-        """Decide FULL, and PRODUCTION where each of its metrics was measured."""
-        if self.nested is not None:
-            measurements = {**measurements, **self.nested.measurements()}
-        step = job.state.step
-        levels = [GateLevel.FULL]
-        if all(gate.metric_name in measurements
-               for gate in self.validator.gates[GateLevel.PRODUCTION] if gate.required):
-            levels.append(GateLevel.PRODUCTION)
-        verdicts = tuple(
-            self.validator.decide(level, measurements, Evidence(step)) for level in levels
-        )
-        job.full_verdict = verdicts[0]
-        return verdicts
-
-    def _decide(
-        self, job: Job, measured: HeldoutLoss, gradient_norm: float
-    ) -> tuple[ValidationResult, ...]:
-        """Decide QUICK and STANDARD on the model's weights."""
-        step = job.state.step
-        quick = self._decide_quick(job, measured.loss, Evidence(step))
-        standard = self.validator.decide(
-            GateLevel.STANDARD,
-            {**measured.measurements(), "gradient_norm": Measurement(gradient_norm)},
-            Evidence(step),
-        )
-        return quick, standard
-
-    def _settle(self, job: Job) -> None:
-        """Wait for the checkpoint on its way, and record the verdicts with the hash it got."""
-        saving, job.saving = job.saving, None
-        if saving is None:
-            return
-        begun, started_seconds = saving.checkpoint_id, time.perf_counter()
-        with job.spending("saving"), job.crew.together():
-            checkpoint_id = begun if isinstance(begun, str) else begun.result()
-            checkpoint = next(
-                c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
-            )
-        job.saved_step = saving.step
-        # What the loop waited for: the copy, and the writing as far as it was not done by now.
-        stall_seconds = saving.stall_seconds + time.perf_counter() - started_seconds
-        job.tracked.log_metrics({
-            "save/stall_seconds": stall_seconds, "save/write_seconds": job.manager.write_seconds,
-            "save/bytes": checkpoint.bytes,
-        }, saving.step)
-        self._record_on(job, checkpoint, saving.verdicts)
-
-    def _record_on(
-        self, job: Job, checkpoint: Checkpoint, verdicts: Iterable[ValidationResult]
-    ) -> None:
-        evidence = Evidence(
-            checkpoint.step, checkpoint.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-        )
-        self._record(job, *(replace(verdict, evidence=evidence) for verdict in verdicts))
-
-    def _decide_if_undecided(self, job: Job) -> None:
-        """Decide on the checkpoint just loaded if the process was killed before it could.
-
-        A gate that failed under strict validation still stands.
-        """
-        checkpoint = next(
-            c for c in job.manager.list_checkpoints() if c.step == job.state.step
-        )
-        if not checkpoint.metrics:
-            return  # saved by an interruption, between evaluations
-        rows = job.folder.read_verdicts(checkpoint.weights_sha256)
-        if undecided(self.validator.gates, rows, (GateLevel.QUICK, GateLevel.STANDARD)):
-            norm = checkpoint.metrics["gradient_norm"]
-            self._record_on(job, checkpoint, self._decide(job, self._evaluate(job), norm))
-        elif self.validator.strict and GateLevel.STANDARD not in passed_levels(
-            self.validator.gates, rows
-        ):
-            raise GateFailure(
-                f"the checkpoint at step {checkpoint.step} failed its gate; begin another run, "
-                "with other settings or thresholds"
-            )
-
-    def _save(
-        self, job: Job, metrics: Mapping[str, float], verdicts: tuple[ValidationResult, ...] = ()
-    ) -> None:
-        """Begin to save; `_settle` ends it."""
-        # First the metrics: a run resumed from this checkpoint does not train these steps again.
-        with job.spending("tracking"):
-            job.tracked.keep()
-        state, manager, started_seconds = job.state, job.manager, time.perf_counter()
-        save = manager.save_in_background if job.plan.saves_in_background else manager.save
-        with job.spending("saving"):
-            if job.sharded:
-                size_bytes = sharded_bytes(job)
-                job.call(begin_partial_save, manager.prepare_folder(state.step, size_bytes))
-            begun = save(
-                None if job.sharded else state.model, None if job.sharded else state.optimizer,
-                state.scheduler, state.step, state.stream.epoch, metrics, state.extra_state(),
-                state.scaler, partial=job.partial,
-            )
-        stall_seconds = time.perf_counter() - started_seconds
-        job.saving = Saving(begun, state.step, verdicts, stall_seconds)
-
-    def _record(self, job: Job, *verdicts: ValidationResult) -> None:
-        """Keep verdicts in the run folder and in MLflow.
-
-        Under strict, a failure of QUICK or STANDARD stops the run; FULL and PRODUCTION decide what
-        comes after it.
-        """
-        job.folder.append_verdict([row for verdict in verdicts for row in verdict.rows()])
-        for verdict in verdicts:
-            logger.debug("%s", verdict.summary())
-            job.tracked.log_metrics(
-                {f"gate/{verdict.level.value}/{result.gate.name}": float(result.passed)
-                 for result in verdict.gates},
-                verdict.evidence.step or 0,
-            )
-            for warning in verdict.warnings:
-                self._console.print(f"warning: {verdict.level.name} gate {warning}")
-        for verdict in verdicts:
-            if verdict.passed:
-                continue
-            failures = "; ".join(verdict.failures)
-            if verdict.level not in STOPPING:
-                self._console.print(f"{verdict.level.value}: not passed: {failures}")
-                continue
-            line = f"{verdict.level.name} gate failed at step {verdict.evidence.step}: {failures}"
-            if self.validator.strict:
-                self._settle(job)
-                record_verdicts(job.tracked, job.folder)
-                raise GateFailure(line)
-            self._console.print(f"warning: {line}")
-
-    def _close_checkpoints(self, job: Job) -> None:
-        """Wait for checkpoints on their way to another place; say so if some have not arrived."""
-        if isinstance(job.manager, DriveCheckpointManager) and not job.manager.close():
-            self._console.print(
-                f"warning: not every checkpoint has arrived in {job.folder.path}; they are in "
-                f"{job.manager.output_dir}, and arrive when the run is resumed on this machine"
-            )
+            gatekeeper.settle(job)
 
     def _stop(self, job: Job, signals: StopSignals) -> None:
         """Save, and end the run in a way that can be resumed."""
         assert signals.requested is not None
-        self._settle(job)
+        self._gatekeeper.settle(job)
         if job.saved_step < job.state.step:
-            self._save(job, {})
-            self._settle(job)
-        record_verdicts(job.tracked, job.folder)
+            begin_save(job, {})
+            self._gatekeeper.settle(job)
+        record_verdicts(job.tracked, job.folder.read_verdicts())
         raise Interrupted(
             f"interrupted by {signals.requested.name} at step {job.state.step} of "
             f"{job.plan.total_steps}, saved; the same command with resume=true goes on"
         )
-
-    def _require_full(self, job: Job) -> None:
-        """Under strict, raise GateFailure where the run had to pass FULL and did not."""
-        verdict = job.full_verdict
-        if verdict is None or verdict.passed or self.nested is None or not self.nested.gates_full:
-            return
-        line = f"FULL gate failed at step {verdict.evidence.step}: {'; '.join(verdict.failures)}"
-        if self.validator.strict:
-            raise GateFailure(line)
-        self._console.print(f"warning: {line}")
-
-    def _conclude(self, job: Job) -> None:
-        """Put on record what the run's end says of the scaling law, and whether the loss fell."""
-        slope_bound = job.state.trend.slope_bound()
-        if math.isfinite(slope_bound):
-            job.tracked.log_metrics({"train/loss_slope_bound": slope_bound}, job.state.step)
-        end = job.manager.list_checkpoints()[-1]
-        horizon = horizon_at(job, job.state.step, end.metrics["loss"])
-        record_horizon(job, horizon)
-        if self.nested is not None:
-            self.nested.reached(job, horizon)
-
-    def _consolidate(self, job: Job, checkpoint: Checkpoint) -> Checkpoint:
-        """Have the weights in one file, as a version of the registry is; its hash is then theirs.
-
-        What was decided on the parts was decided on these weights.
-        """
-        whole = job.manager.consolidate(checkpoint)
-        if whole.weights_sha256 != checkpoint.weights_sha256:
-            rows = job.folder.read_verdicts(checkpoint.weights_sha256)
-            job.folder.append_verdict(
-                [{**row, "checkpoint_sha256": whole.weights_sha256} for row in rows]
-            )
-        return whole
-
-    def _finish(self, job: Job, signals: StopSignals) -> RegisteredVersion | None:
-        """Evaluate the best checkpoint, register it with the levels that it passed, and report."""
-        self._conclude(job)
-        best = job.manager.best()
-        if best is not None:
-            best = self._consolidate(job, best)
-            if best.step != job.state.step:
-                job.call(load_weights, best.path)
-                self._console.print(f"benchmarks: on {best.checkpoint_id}, the best")
-            job.measured = {}
-            verdicts = self._evaluate_benchmarks(job, signals)
-            if not verdicts and self.nested is not None and self.nested.gates_full:
-                verdicts = self._decide_full(job, {})
-            self._record_on(job, best, verdicts)
-        record_verdicts(job.tracked, job.folder)
-        measured_gb = peak_bytes(job.device) / 1e9
-        measured_seconds = time.monotonic() - job.started_seconds
-        job.spent_seconds["data"] = job.state.stream.waited_seconds
-        job.tracked.log_metrics(
-            {
-                "measured/peak_memory_gb": measured_gb,
-                "measured/seconds": measured_seconds,
-                "measured/start_seconds": job.start_seconds,
-                **{f"measured/{part}_seconds": spent for part, spent in job.spent_seconds.items()},
-            },
-            job.state.step,
-        )
-        registered = None
-        if best is not None and (self.nested is None or self.nested.registers):
-            rows = job.folder.read_verdicts(best.weights_sha256)
-            # What a version rests on is in the store before it is.
-            job.tracked.flush(job.config.tracking_wait_seconds)
-            with told_by_the_store(f"{job.model_name}, trained and saved but not registered"):
-                registered = register_version(
-                    job.tracked, job.folder, job.config, job.model_name, job.corpus, best,
-                    self.validator, rows,
-                    measurement_rows(job.measured, job.config, Evidence(
-                        best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
-                    )),
-                )
-            self._console.print(verdict_table(rows, f"Verdicts on {best.checkpoint_id}, the best"))
-            decided = {row["level"] for row in rows}
-            for level in (GateLevel.FULL, GateLevel.PRODUCTION):
-                needed = ", ".join(gate.metric_name for gate in self.validator.gates[level])
-                if level.value not in decided:
-                    self._console.print(f"{level.value}: not decided; needs {needed}")
-        show_measured(
-            self._console, job.plan, measured_gb, measured_seconds, job.start_seconds,
-            job.spent_seconds,
-        )
-        if self.nested is not None:
-            self.nested.decided(job, job.full_verdict, registered)
-        job.folder.mark_finished()
-        show_next_steps(
-            self._console, job.tracked.tracking_uri, job.tracked.experiment_id, job.tracked.run_id,
-            job.folder.path, registered,
-        )
-        return registered
 
 
 def follow_runs(config: PipelineConfig, *, once: bool) -> None:

@@ -14,7 +14,7 @@ from svend.pipeline.interruption import EXIT_INTERRUPTED
 from svend.pipeline.sharing import add_nproc, share
 
 if TYPE_CHECKING:
-    from svend.pipeline.runner import PipelineResult
+    from svend.pipeline.outcome import PipelineResult
 
 RESUME = ("true", "false", "force")
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 
-from svend.command import tell_next
+from svend.command import tell, tell_next
 from svend.data.corpus import Corpus, build_corpus
 from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
@@ -25,12 +24,18 @@ from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questio
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.console import make_console
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.loading import names_code
-from svend.pipeline.moves import Moves, registration_of, verify_files
-from svend.pipeline.record import EVALUATION_ARTIFACTS, measurement_rows, record_evaluation
-from svend.pipeline.report import verdict_table, verdicts_html
-from svend.pipeline.run_folder import CONFIG_FILE
+from svend.pipeline.loading import CONFIG_FILE, names_code
+from svend.pipeline.moves import Moves
+from svend.pipeline.outcome import ended_as_left
+from svend.pipeline.record import (
+    EVALUATION_ARTIFACTS,
+    measurement_rows,
+    record_evaluation,
+    record_verdicts,
+)
+from svend.pipeline.report import format_seconds, verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
+from svend.pipeline.verified_version import open_verified
 from svend.pipeline.version_files import (
     TOKENIZER,
     WEIGHTS,
@@ -38,8 +43,9 @@ from svend.pipeline.version_files import (
     load_version_tokenizer,
 )
 from svend.tracking.environment import environment_tags
-from svend.tracking.registry import OpenedVersion, open_version, tag_version
+from svend.tracking.registry import OpenedVersion, tag_version
 from svend.tracking.run import TrackedRun
+from svend.tracking.runs import PARENT_TAG
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,7 @@ def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> L
 
     Raises UserError, in one line, for what is missing, not what was registered, or does not fit.
     """
-    version = open_version(model_uri)
-    registration = registration_of(
-        version.name, version.version, Moves.find(version.name).history()
-    )
-    verify_files(version, registration)
+    version, registration = open_verified(model_uri)
     for name in (WEIGHTS, CONFIG_FILE, TOKENIZER):
         if name not in registration.files:
             raise CheckpointError(
@@ -116,14 +118,11 @@ def evaluate_version(
     questions = read_questions(config)
     step = int(version.tags.get("svend.step", "0"))
     tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
-    status = "FAILED"
-    try:
-        tracked.set_tags({
-            **environment_tags(),
-            "svend.model": f"models:/{version.name}/{version.version}",
-            "svend.checkpoint_sha256": sha256,
-            **({"mlflow.parentRunId": version.run_id} if version.run_id else {}),
-        })
+    with ended_as_left(tracked):
+        tracked.set_tags(tags_of_run_about(version, sha256))
+        tell(f"evaluate: {version.name} version {version.version}, saved at step {step}, on "
+             f"{', '.join(benchmarks)}; run {tracked.run_id}, at most "
+             f"{format_seconds(config.evaluation.budget_seconds)}")
         with AnswerProgress(console) as progress:
             evaluation = evaluate_model(
                 config, loaded.model, loaded.tokenizer, questions,
@@ -133,9 +132,6 @@ def evaluate_version(
         record_evaluation(tracked, evaluation, step)
         levels = _decide(config, version, evaluation,
                          Evidence(step, sha256, None, tracked.run_id), tracked, console)
-        status = "FINISHED"
-    finally:
-        tracked.end(status, None)
     tell_next(f"promote --model {version.name} --version {version.version}")
     return {
         "model": version.name, "version": version.version, "run_id": tracked.run_id,
@@ -147,6 +143,16 @@ def evaluate_version(
             }
             for metric, measured in evaluation.measurements.items()
         },
+    }
+
+
+def tags_of_run_about(version: OpenedVersion, sha256: str) -> dict[str, str]:
+    """Return the tags of a run that measures or moves a version, below the one that trained it."""
+    return {
+        **environment_tags(),
+        "svend.model": f"models:/{version.name}/{version.version}",
+        "svend.checkpoint_sha256": sha256,
+        **({PARENT_TAG: version.run_id} if version.run_id else {}),
     }
 
 
@@ -201,8 +207,7 @@ def _decide(
             )
     console.print(measurement_table(evaluation.results, evaluation.measurements))
     if rows:
-        tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
-        tracked.log_text(verdicts_html(rows), "verdicts.html")
+        record_verdicts(tracked, rows)
         console.print(verdict_table(rows, f"Verdicts on {version.name} version {version.version}"))
     measured = {f"eval.{metric}": _figure(m) for metric, m in evaluation.measurements.items()}
     Moves.find(version.name).keep_rows(measurement_rows(evaluation.measurements, config, evidence))

@@ -13,10 +13,10 @@ from svend.errors import CheckpointError, one_line
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.state_files import read_state
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 ANY_SIZE = 2**32
 
@@ -73,8 +73,8 @@ def load_version_model(
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: does not fit the architecture in its {CONFIG} "
-            f"({' '.join(str(error).split())[:200]})"
+            f"{path}: does not fit the architecture in its {CONFIG_FILE} "
+            f"({one_line(error)[:200]})"
         ) from None
     # Of a run with weights in bf16, too: wider, and the same numbers.
     return model.float().to(device).eval()

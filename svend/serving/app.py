@@ -170,9 +170,11 @@ async def _read_body(request: Request) -> Any:
         if len(body) > MAX_BODY_BYTES:
             raise RequestError("body", f"more than {MAX_BODY_BYTES} bytes")
     try:
-        return json.loads(body)
+        told = json.loads(body)
+        json.dumps(told, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise RequestError("body", f"is no JSON ({str(error)[:100]})") from None
+    return told
 
 
 def _refuse_stranger(request: Request, token: str | None) -> JSONResponse | None:

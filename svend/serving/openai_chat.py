@@ -177,10 +177,12 @@ def _read_messages(told: Any, limits: Limits) -> list[Message]:
     messages: list[Message] = []
     for number, message in enumerate(told):
         where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or message.get("role") not in list(ROLES):
             raise RequestError(where, f"must have a role of {', '.join(ROLES)}")
         role, text = ROLES[message["role"]], _text(message.get("content"), where)
         calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise RequestError(where, "tool_calls must be a list")
         if calls and role is not Role.ASSISTANT:
             raise RequestError(where, "only an assistant calls tools")
         if text or not calls:
@@ -205,7 +207,7 @@ def _text(content: Any, where: str) -> str:
 def _read_call(call: Any, where: str) -> Message:
     try:
         name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise RequestError(
             where, "a tool call must have a function with a name, and arguments in JSON"
         ) from None
@@ -230,8 +232,11 @@ def _read_tools(
         declared = [{"name": tool["function"]["name"],
                      "description": tool["function"].get("description", ""),
                      "parameters": tool["function"].get("parameters", {})} for tool in tools]
+        named = all(isinstance(function["name"], str) for function in declared)
     except (TypeError, KeyError, AttributeError):
-        raise RequestError("tools", "must be a list of functions, each with a name") from None
+        named = False
+    if not named:
+        raise RequestError("tools", "must be a list of functions, each with a name")
     return [Message(Role.TOOLS, dump_json(declared))], False
 
 
@@ -250,4 +255,7 @@ def _number(value: Any, name: str, kind: type[int] | type[float], default: Any) 
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise RequestError(name, f"must be {'an integer' if kind is int else 'a number'}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise RequestError(name, "is too large") from None

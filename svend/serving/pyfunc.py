@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from svend.device import check_precision, resolve_device, resolve_precision
-from svend.pipeline.loading import load_saved_config
-from svend.pipeline.version_files import CONFIG, load_version_model, load_version_tokenizer
+from svend.pipeline.loading import CONFIG_FILE, load_saved_config
+from svend.pipeline.version_files import load_version_model, load_version_tokenizer
 from svend.serving.command import HERE
 from svend.serving.engine import Engine
 from svend.serving.openai_chat import Limits, completion, read_request
@@ -23,7 +23,7 @@ class ChatModel:
     """Answers chats in the form of OpenAI's completions."""
 
     def __init__(self, folder: Path, *, tools: bool) -> None:
-        config = load_saved_config(folder / CONFIG, HERE)
+        config = load_saved_config(folder / CONFIG_FILE, HERE)
         device = resolve_device(config.training.device)
         precision = resolve_precision(config.training.precision, device)
         check_precision(precision, device)

@@ -6,8 +6,10 @@ waits for the device: losses, norms and what the guard decided are handed out as
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +63,8 @@ def train_steps(
     while state.step < total_steps:
         started_seconds = time.perf_counter()
         micro_batches = [next(state.stream) for _ in range(state.stream.passes)]
-        loss, step_tokens = _accumulate_gradients(state, training, micro_batches)
+        with _stance_before(state.step + 1, state.device):
+            loss, step_tokens = _accumulate_gradients(state, training, micro_batches)
         learning_rate = training.learning_rate * state.rate_factor
         end_look = None if health is None else health.begin(state.step + 1)
         gradient_norm = _update(state, loss, training.max_grad_norm)
@@ -72,6 +75,22 @@ def train_steps(
             state.guard.skipped_steps, state.guard.skipped_in_a_row,
             None if end_look is None else end_look(micro_batches[0]),
         )
+
+
+def runs_uncompiled(step: int, device: torch.device) -> bool:
+    """Whether a step is computed as it is written, although the model's blocks are compiled.
+
+    A CPU's compiler takes half a minute, and the first step a second: what a run begins with is
+    seen before. On CUDA it might take memory that the compiled one does not.
+    """
+    return step == 1 and device.type == "cpu"
+
+
+def _stance_before(step: int, device: torch.device) -> AbstractContextManager[None]:
+    if runs_uncompiled(step, device):
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()
 
 
 def _accumulate_gradients(

@@ -13,15 +13,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from svend import cuda
 from svend.errors import ResourceError, one_line
+from svend.models.attention import lay_out_documents
 from svend.models.shards import SHARD
-from svend.models.transformer import RMSNorm
+from svend.models.transformer import ReasoningTransformer, RMSNorm
 from svend.pipeline.config import Precision, TrainingConfig
 from svend.ranks import Place, set_rendezvous
 
@@ -198,6 +199,16 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=matrices)
     fully_shard(model, mesh=mesh, mp_policy=matrices)
+    if isinstance(model, ReasoningTransformer):
+        # Ahead of FSDP's own hook, which moves tensors to the device: of document numbers that are
+        # there, where documents begin could be told only by waiting for it.
+        model.register_forward_pre_hook(_lay_out_documents, prepend=True)
+
+
+def _lay_out_documents(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put the layout of documents, on the device of the tokens, in the place of their numbers."""
+    tokens_BT, labels_BT, documents_BT = inputs
+    return tokens_BT, labels_BT, lay_out_documents(tokens_BT, documents_BT)
 
 
 def replicate_model(model: nn.Module) -> nn.Module:

@@ -53,11 +53,15 @@ def profiled_steps(
 
 
 def _most_expensive(profiler: profile, steps: int) -> str:
-    """Return a table of parts by the time spent in them and in nothing that they call."""
-    on_cuda = cuda.is_available()
+    """Return a table of parts by the time spent in them and in nothing that they call.
+
+    On the GPU, where that was at work; one may be there and the run on the CPU.
+    """
+    averages = profiler.key_averages()
+    on_cuda = any(event.self_device_time_total > 0 for event in averages)
     parts = [
         (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event)
-        for event in profiler.key_averages()
+        for event in averages
     ]
     total = sum(microseconds for microseconds, _ in parts) or 1.0
     parts.sort(key=lambda part: -part[0])

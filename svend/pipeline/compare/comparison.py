@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from svend import __version__
-from svend.errors import ConfigError, UserError
+from svend.errors import ConfigError
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
 from svend.pipeline.compare.report import comparability_line, comparison_html, count_runs
@@ -25,6 +25,7 @@ from svend.pipeline.compare.runs import (
 )
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
 from svend.pipeline.console import make_console
+from svend.pipeline.outcome import ended_as_left
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
 from svend.tracking.ledger import told_by_the_store
@@ -129,8 +130,7 @@ def _log(
 ) -> str:
     """Log the files on a run of the comparison's own; return its id."""
     tracked = TrackedRun.begin(experiment, RUN_NAME)
-    status, reason = "FAILED", None
-    try:
+    with ended_as_left(tracked):
         tracked.set_tags({
             **environment_tags(),
             COMPARISON: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
@@ -138,12 +138,6 @@ def _log(
         })
         tracked.log_artifacts(folder, RUN_NAME)
         tracked.flush()
-        status = "FINISHED"
-    except UserError as error:
-        reason = str(error)
-        raise
-    finally:
-        tracked.end(status, reason)
     return tracked.run_id
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from svend.pipeline.config import ModelConfig
+from svend.pipeline.tags import LADDER_TAG, TREND_TAG
 from svend.tracking.history import LoggedRun, read_artifact
 from svend.tracking.runs import metric_history
 
@@ -159,8 +160,8 @@ def _identity(run: LoggedRun, label: str) -> dict[str, Any]:
     return {
         "run": label, "run_id": run.run_id, "name": run.name, "experiment": run.experiment,
         "status": run.status, "scale": tags.get("svend.scale"),
-        "model": params.get("config.model.name"), "ladder": tags.get("svend.ladder"),
-        "ladder_verdict": tags.get("svend.ladder.verdict"),
+        "model": params.get("config.model.name"), "ladder": tags.get(LADDER_TAG),
+        "ladder_verdict": tags.get(TREND_TAG),
         "data_fingerprint": tags.get("svend.data_fingerprint"),
         "tokenizer_sha256": tags.get("svend.tokenizer_sha256"), "schedule": _schedule(params),
         "heldout": _heldout(params), "device": tags.get("svend.device"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svend.errors import ConfigError, TrackingError
+from svend.pipeline.tags import LADDER_NAME_TAG, STRESS_TAG
 from svend.tracking.history import (
     LoggedRun,
     find_run,
@@ -15,8 +16,6 @@ from svend.tracking.history import (
 )
 from svend.tracking.runs import newest_run
 
-LADDER_NAME = "svend.ladder.name"  # the tag of a ladder's own run
-STRESS = "svend.ladder.stress"  # the tag of a run that only tries a rung's learning rate
 COMPARISON = "svend.comparison"  # the tag of a comparison's own run, with what it compares
 LOSSES = ("train/loss", "eval/heldout_loss")
 
@@ -49,7 +48,7 @@ def choose_runs(wanted: Wanted) -> Chosen:
     if wanted.experiment is not None:
         _add(runs, _runs_of(wanted.experiment, left_out))
     if not (wanted.runs or wanted.ladders or wanted.experiment):
-        newest = newest_run_with_tag(LADDER_NAME)
+        newest = newest_run_with_tag(LADDER_NAME_TAG)
         if newest is None:
             raise ConfigError(
                 "nothing to compare: the tracking store has no ladder; give runs by their ids, or "
@@ -73,7 +72,7 @@ def _named_run(text: str, left_out: list[str]) -> list[LoggedRun]:
     run = find_run(text)
     if has_loss(run):
         return [run]
-    if LADDER_NAME in run.tags:
+    if LADDER_NAME_TAG in run.tags:
         return _rungs(run, left_out)
     below = [other for other in runs_below(run.run_id) if has_loss(other)]
     if not below:
@@ -86,7 +85,7 @@ def _named_run(text: str, left_out: list[str]) -> list[LoggedRun]:
 
 def _ladder(text: str) -> LoggedRun:
     """Return the newest run of the ladder with a name, else the run with an id."""
-    newest = newest_run({LADDER_NAME: text})
+    newest = newest_run({LADDER_NAME_TAG: text})
     if newest is not None:
         return find_run(newest)
     try:
@@ -95,7 +94,7 @@ def _ladder(text: str) -> LoggedRun:
         raise TrackingError(
             f"ladder {text}: no ladder of the tracking store has this name, nor a run this id"
         ) from None
-    if LADDER_NAME not in run.tags:
+    if LADDER_NAME_TAG not in run.tags:
         raise TrackingError(f"ladder {text}: the run {run.name} is not a ladder's; give it as RUN")
     return run
 
@@ -104,13 +103,13 @@ def _rungs(ladder: LoggedRun, left_out: list[str]) -> list[LoggedRun]:
     """Return the newest attempt of each rung that has logged a loss."""
     attempts: dict[tuple[str, str], list[LoggedRun]] = {}
     for run in runs_below(ladder.run_id):
-        if has_loss(run) and STRESS not in run.tags:
+        if has_loss(run) and STRESS_TAG not in run.tags:
             of = (run.tags.get("svend.scale", ""), run.params.get("config.model.name", run.name))
             attempts.setdefault(of, []).append(run)
     if not attempts:
         raise TrackingError(
-            f"ladder {ladder.tags[LADDER_NAME]} (run {ladder.run_id}): no run below it has logged "
-            "a loss; wait for its first rung, or give other runs"
+            f"ladder {ladder.tags[LADDER_NAME_TAG]} (run {ladder.run_id}): no run below it has "
+            "logged a loss; wait for its first rung, or give other runs"
         )
     left_out += [
         f"{run.name} ({run.run_id[:8]}): an earlier attempt of a rung"

@@ -9,14 +9,12 @@ from svend.errors import TrackingError, UserError
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.ladder.options import find_differences
 from svend.pipeline.ladder.standing import Attempt, State
-from svend.pipeline.loading import load_saved_config
-from svend.pipeline.run_folder import CONFIG_FILE
+from svend.pipeline.loading import CONFIG_FILE, load_saved_config
+from svend.pipeline.tags import PARENT_SCALE_TAG
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of, tags_of_version
 from svend.tracking.runs import fetch_artifact, metric_history, tags_of
 from svend.training.state import Horizon
-
-PARENT_SCALE = "svend.parent_scale_run_id"
 
 
 def find_below(below: PipelineConfig, first: PipelineConfig) -> list[Attempt]:
@@ -53,7 +51,7 @@ def find_below(below: PipelineConfig, first: PipelineConfig) -> list[Attempt]:
                 f"climb from {saved.training.model_scale.value}"
             )
         found.insert(0, _attempt(run_id, saved))
-        run_id, config = tags_of(run_id).get(PARENT_SCALE), saved
+        run_id, config = tags_of(run_id).get(PARENT_SCALE_TAG), saved
     return found
 
 

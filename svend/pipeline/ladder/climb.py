@@ -20,11 +20,10 @@ from svend.errors import (
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
 from svend.pipeline.console import make_console, say
-from svend.pipeline.job import planned_model
-from svend.pipeline.ladder.below import PARENT_SCALE, find_below
+from svend.pipeline.ladder.below import find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
-from svend.pipeline.ladder.rung import LADDER_TAG, RUNG_TAG, RungRun, StressRun
+from svend.pipeline.ladder.rung import RungRun, StressRun
 from svend.pipeline.ladder.standing import (
     LADDER_FILE,
     Attempt,
@@ -38,10 +37,12 @@ from svend.pipeline.ladder.trend import (
     backtest_bound,
     prediction_gates,
 )
-from svend.pipeline.replica import ModelFactory
+from svend.pipeline.outcome import Ending
 from svend.pipeline.report import show_next_steps
 from svend.pipeline.run_folder import RunFolder
+from svend.pipeline.run_model import ModelFactory, planned_model
 from svend.pipeline.runner import PipelineResult, ScaleRunner
+from svend.pipeline.tags import LADDER_NAME_TAG, LADDER_TAG, PARENT_SCALE_TAG, RUNG_TAG, STRESS_TAG
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
@@ -51,7 +52,6 @@ from svend.tracking.run import TrackedRun
 from svend.tracking.runs import end_abandoned, experiment_of
 from svend.tracking.spool import ADDRESS, SPOOL
 
-NAME_TAG = "svend.ladder.name"
 LEFT_RUNNING = "its process was killed after it had ended"
 
 
@@ -136,24 +136,18 @@ class LadderClimb:
     @contextmanager
     def _tracked_ladder(self) -> Iterator[TrackedRun]:
         tracked = self._track()
-        status, reason = "FINISHED", None
+        ending = Ending("FINISHED")
         try:
             yield tracked
             last = self._results[-1] if self._results else None
             if last is not None and not last.success:
-                status, reason = "FAILED", f"rung {last.scale.value}: {last.reason}"
-        except UserError as error:
-            status, reason = "FAILED", str(error)
-            raise
-        except (Interrupted, KeyboardInterrupt) as interruption:
-            status, reason = "KILLED", str(interruption) or "interrupted"
-            raise
+                ending = Ending("FAILED", f"rung {last.scale.value}: {last.reason}")
         except BaseException as error:
-            status, reason = "FAILED", f"{type(error).__name__}: {error}"
+            ending = Ending.by(error)
             raise
         finally:
             wait_seconds = self._any_rung.tracking_wait_seconds
-            for line in tracked.end(status, reason, wait_seconds):
+            for line in tracked.end(ending.status, ending.reason, wait_seconds):
                 say(self._console, line)
 
     @property
@@ -177,7 +171,7 @@ class LadderClimb:
         self._standing.run_id = tracked.run_id
         self._standing.save()
         tracked.set_tags({
-            **environment_tags(), NAME_TAG: self._name, "svend.scale": "ladder",
+            **environment_tags(), LADDER_NAME_TAG: self._name, "svend.scale": "ladder",
             "svend.recipe": self._any_rung.training.data.recipe,
         })
         return tracked
@@ -279,7 +273,7 @@ class LadderClimb:
         tags = {LADDER_TAG: self._name, RUNG_TAG: attempt.scale.value,
                 "svend.ladder.attempt": str(attempt.number)}
         if history and history[-1].run_id is not None:
-            tags[PARENT_SCALE] = history[-1].run_id
+            tags[PARENT_SCALE_TAG] = history[-1].run_id
         if history and history[-1].override is not None:
             tags["svend.ladder.rests_on_override"] = history[-1].override.reason
         return RungRun(
@@ -319,7 +313,7 @@ class LadderClimb:
                             "learning rate")
         result = ScaleRunner(at_rate, self._means.model_factory, StressRun(
             parent_run_id=self._tracked.run_id, name=f"{attempt.scale.value}-stress",
-            registers=False, tags={LADDER_TAG: self._name, "svend.ladder.stress": "true"},
+            registers=False, tags={LADDER_TAG: self._name, STRESS_TAG: "true"},
         ), owns_process=self._means.owns_process).run(resume=_is_begun(at_rate))
         if result.interrupted:
             raise Interrupted(str(result.reason))

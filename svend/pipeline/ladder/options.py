@@ -20,7 +20,8 @@ from svend.pipeline.config import (
     load_config,
 )
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import full_key
+from svend.pipeline.loading import full_key, split_overrides
+from svend.pipeline.options.defaults import require
 from svend.pipeline.schema import build, flatten, parse_value, set_at, to_tree
 
 PREFIX = "ladder."
@@ -144,12 +145,9 @@ def load_ladder(
         raise ConfigError(f"scale = {groups['scale']}: a ladder has several; give --start and "
                           "--end")
     tree = read_group("ladder", name)
-    of_rungs = []
-    for key, text in overrides:
-        if key.startswith(PREFIX):
-            tree = set_at(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
-        else:
-            of_rungs.append((full_key(key), text))
+    of_ladder, of_rungs = split_overrides(overrides, PREFIX)
+    for key, text in of_ladder:
+        tree = set_at(tree, _path(key), parse_value(text))
     settings = {scale: _settings(tree, scale) for scale in ORDER}
     groups = {"preset": "full", **_groups(tree), **groups}
     for own in ("groups", "settings", "rungs"):
@@ -297,5 +295,4 @@ def _path(key: str) -> list[str]:
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{PREFIX}{key} = {value}: must be {allowed}")
+    require(condition, f"{PREFIX}{key}", value, allowed)

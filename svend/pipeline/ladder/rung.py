@@ -23,6 +23,7 @@ from svend.pipeline.ladder.trend import (
 )
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.schema import to_tree
+from svend.pipeline.tags import TREND_TAG
 from svend.pipeline.validation import Measurement, ValidationResult
 from svend.planning.scaling_law import (
     Point,
@@ -35,7 +36,6 @@ from svend.tracking.registry import RegisteredVersion
 from svend.training.state import Horizon
 
 PREDICTION_FILE = "prediction.json"
-VERDICT_TAG, LADDER_TAG, RUNG_TAG = "svend.ladder.verdict", "svend.ladder", "svend.ladder.rung"
 
 
 @dataclass(kw_only=True)
@@ -112,7 +112,7 @@ class RungRun(NestedRun):
             failures = "; ".join(verdict.failures)
             judged = attempt.trend not in (Trend.PASS, Trend.UNPREDICTED)
             attempt.reason = f"{attempt.trend.value}: {failures}" if judged else failures
-        job.tracked.set_tags({VERDICT_TAG: attempt.trend.value})
+        job.tracked.set_tags({TREND_TAG: attempt.trend.value})
         self.standing.save()
 
     def _check_comparable(self) -> None:
@@ -142,7 +142,7 @@ class RungRun(NestedRun):
         """Log the prediction, in parameters, which MLflow lets nobody change."""
         predicted = self.attempt.predicted
         if predicted is None:
-            job.tracked.set_tags({VERDICT_TAG: Trend.UNPREDICTED.value})
+            job.tracked.set_tags({TREND_TAG: Trend.UNPREDICTED.value})
             self.console.print(f"prediction: none, {self.attempt.unpredicted}")
             return
         job.tracked.log_params({
@@ -194,7 +194,7 @@ class RungRun(NestedRun):
                 f"{verdict.value} at {share:.0%} of the run: the end is expected at "
                 f"{expected:.4f}, predicted was {predicted.loss:.4f} (so far {told})"
             )
-            job.tracked.set_tags({VERDICT_TAG: verdict.value})
+            job.tracked.set_tags({TREND_TAG: verdict.value})
             self.standing.save()
             raise GateFailure(attempt.reason)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from svend.errors import UserError
 from svend.pipeline.config import ModelScale
-from svend.pipeline.folders import FolderLock, write_whole
+from svend.pipeline.folder_lock import FolderLock
 from svend.pipeline.ladder.trend import Trend
 from svend.pipeline.schema import to_tree
+from svend.pipeline.whole_files import write_whole
 from svend.planning.scaling_law import Point
 from svend.training.state import Horizon
 

@@ -17,12 +17,12 @@ from svend.pipeline.moves import (
     Moves,
     definition_sha256,
     verdict_tags,
-    verify_files,
 )
 from svend.pipeline.promotion.climb import PROMOTION_TAG
 from svend.pipeline.promotion.evidence import LOGGED_AS, NONFINITE
 from svend.pipeline.promotion.standing import ALIAS_PAUSE_SECONDS
 from svend.pipeline.validation import GateLevel, GateResult, Measurement
+from svend.pipeline.verified_version import verify_files
 from svend.tracking.ledger import NO_ENTRY, Ledger, text_digest
 from svend.tracking.registry import (
     aliases_of,

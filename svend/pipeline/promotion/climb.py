@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from svend.errors import GateFailure, UserError
 from svend.pipeline.benchmarking import measured_how
 from svend.pipeline.config import GatesConfig
+from svend.pipeline.console import say
 from svend.pipeline.moves import (
     LEVELS,
     MAX_REASON,
@@ -21,18 +21,19 @@ from svend.pipeline.moves import (
     Moves,
     Registration,
     definition_sha256,
-    verify_files,
 )
+from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.promotion.evidence import Candidate, EvidenceBook
 from svend.pipeline.promotion.standing import (
     check_aliases,
     finish_moves,
     newest_below,
-    open_registered,
 )
-from svend.pipeline.report import verdict_table, verdicts_html
+from svend.pipeline.record import record_verdicts
+from svend.pipeline.report import verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator, ValidationResult
-from svend.tracking.environment import environment_tags
+from svend.pipeline.verified_version import open_registered, open_verified, verify_files
+from svend.pipeline.version_evaluation import tags_of_run_about
 from svend.tracking.run import TrackedRun
 
 PROMOTION_TAG = "svend.promotion"  # of a promotion's run: which model's ledger it wrote to
@@ -78,23 +79,14 @@ class Climb:
         candidate = Candidate(opened, registration, promotion.gates, promotion.overrides)
         name = f"promote-{opened.name}-v{version}-to-{promotion.to.value}"
         tracked = TrackedRun.begin(opened.experiment, name)
-        status, reason = "FAILED", None
-        try:
+        with ended_as_left(tracked):
             tracked.set_tags({
-                **environment_tags(),
                 PROMOTION_TAG: opened.name,
-                "svend.model": f"models:/{opened.name}/{version}",
-                "svend.checkpoint_sha256": registration.checkpoint_sha256,
-                **({"mlflow.parentRunId": opened.run_id} if opened.run_id else {}),
+                **tags_of_run_about(opened, registration.checkpoint_sha256),
             })
-            made = self._climb(candidate, history, tracked)
-            status = "FINISHED"
-        except UserError as error:
-            reason = str(error)
-            raise
-        finally:
-            tracked.end(status, reason)
-        return made
+            say(self._console, f"promote: {opened.name} version {version} to {promotion.to.value}; "
+                f"what is not on record is measured now, in run {tracked.run_id}")
+            return self._climb(candidate, history, tracked)
 
     def _climb(self, candidate: Candidate, history: History, tracked: TrackedRun) -> list[Move]:
         target, made = self._promotion.to, []
@@ -119,8 +111,7 @@ class Climb:
             if book.new_rows:
                 self._moves.keep_rows(book.new_rows)
             if rows:
-                tracked.log_text(pd.DataFrame(rows).to_csv(index=False), "verdicts.csv")
-                tracked.log_text(verdicts_html(rows), "verdicts.html")
+                record_verdicts(tracked, rows)
                 version = candidate.version
                 self._console.print(
                     verdict_table(rows, f"Verdicts on {version.name} version {version.version}")
@@ -248,11 +239,9 @@ def override(model: str, version: str | None, to: GateLevel, reason: str, consol
         raise UserError(f"override: the reason has {len(reason)} characters, {MAX_REASON} at most")
     moves = Moves.find(model)
     finish_moves(moves, console)
-    history = moves.history()
     if version is None:
         raise UserError("override: needs the version; the newest is no choice to make in a hurry")
-    opened, registration = open_registered(model, history, version)
-    verify_files(opened, registration)
+    open_verified(f"models:/{model}/{version}")
     return moves.add(
         Move(kind=MoveKind.OVERRIDDEN, version=version, level=to, reason=reason.strip())
     )
@@ -271,8 +260,7 @@ def roll_back(model: str, level: GateLevel, reason: str | None, console: Console
             f"{model}: version {present.version} is the first that is {level.value}; there is none "
             "to go back to"
         )
-    opened, registration = open_registered(model, history, former.version)
-    verify_files(opened, registration)
+    open_verified(f"models:/{model}/{former.version}")
 
     def still_right(now: History) -> None:
         holder = now.holder(level)

@@ -24,9 +24,9 @@ from svend.pipeline.benchmarking import (
 )
 from svend.pipeline.config import GatesConfig, load_saved_config
 from svend.pipeline.evaluation_report import AnswerProgress
+from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.moves import History, Registration
 from svend.pipeline.record import measurement_rows, record_evaluation
-from svend.pipeline.run_folder import CONFIG_FILE
 from svend.pipeline.validation import Evidence
 from svend.pipeline.version_evaluation import LoadedVersion, build_version_corpus, load_files
 from svend.tracking.registry import OpenedVersion

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from svend.pipeline.moves import History, Moves
-from svend.pipeline.promotion.standing import open_registered
+from svend.pipeline.tags import PARENT_SCALE_TAG, SWEEP_TAG
+from svend.pipeline.verified_version import open_registered
 from svend.tracking.registry import open_version
 from svend.tracking.runs import runs_with_tags, tags_of
-
-PARENT_SCALE_TAG = "svend.parent_scale_run_id"
-SWEEP_TAG = "svend.hparams.run_id"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from svend.errors import UserError
-from svend.pipeline.moves import LEVELS, History, Moves, Registration, registration_of
+from svend.pipeline.moves import LEVELS, History, Moves
 from svend.pipeline.validation import GateLevel
-from svend.tracking.registry import OpenedVersion, aliases_of, open_version
+from svend.tracking.registry import aliases_of
 
 # An alias follows its record within moments.
 ALIAS_LOOKS, ALIAS_PAUSE_SECONDS = 6, 0.25
@@ -53,14 +53,6 @@ def next_level(history: History, model: str, version: str | None) -> GateLevel:
         if history.passed(chosen, level) is None:
             return level
     raise UserError(f"{model}: version {chosen} has passed every level; there is none above")
-
-
-def open_registered(
-    model: str, history: History, version: str
-) -> tuple[OpenedVersion, Registration]:
-    """Return a version with what was registered. Raises UserError where either is missing."""
-    registration = registration_of(model, version, history)
-    return open_version(f"models:/{model}/{version}"), registration
 
 
 def check_aliases(moves: Moves, levels: Sequence[GateLevel]) -> None:

@@ -29,7 +29,7 @@ from svend.pipeline.sweep.liveness import (
     describe_process,
     process_name,
 )
-from svend.pipeline.sweep.study import Place
+from svend.pipeline.sweep.storage import Place
 
 PARENTS_SUFFIX = ".parents"
 SINCE = "since"

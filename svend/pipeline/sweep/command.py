@@ -25,7 +25,7 @@ from svend.ranks import require_alone
 
 if TYPE_CHECKING:
     from svend.pipeline.sweep.parent import SweepResult
-    from svend.pipeline.sweep.study import Place
+    from svend.pipeline.sweep.storage import Place
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

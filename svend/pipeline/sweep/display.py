@@ -15,7 +15,8 @@ from svend.pipeline.progress import TerminalBar
 from svend.pipeline.report import format_seconds
 from svend.pipeline.sweep.confirmation import LEARNING_RATE
 from svend.pipeline.sweep.options import Pruner, Sweep
-from svend.pipeline.sweep.study import Place, best_first, name_of
+from svend.pipeline.sweep.storage import Place
+from svend.pipeline.sweep.study import best_first, name_of
 from svend.planning.plan import check_memory, plan_run
 
 

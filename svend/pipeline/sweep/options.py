@@ -13,7 +13,8 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import MAY_CHANGE, full_key, value_at
+from svend.pipeline.loading import MAY_CHANGE, full_key, split_overrides, value_at
+from svend.pipeline.options.defaults import require
 from svend.pipeline.schema import build, parse_value, set_at, to_tree
 
 Value = float | int | str | bool | None
@@ -227,12 +228,9 @@ def load_sweep(
     """
     tree = read_group("sweep", name)
     space = dict(tree.pop("space"))
-    of_trials = []
-    for key, text in overrides:
-        if key.startswith(PREFIX):
-            tree = set_at(tree, _path(key.removeprefix(PREFIX)), parse_value(text))
-        else:
-            of_trials.append((full_key(key), text))
+    of_sweep, of_trials = split_overrides(overrides, PREFIX)
+    for key, text in of_sweep:
+        tree = set_at(tree, _path(key), parse_value(text))
     for key, text in of_trials:
         if key in SET_BY_SWEEP:
             raise ConfigError(f"{key} = {text}: a sweep sets it; give {SET_BY_SWEEP[key]}")
@@ -319,5 +317,4 @@ def _path(key: str) -> list[str]:
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{PREFIX}{key} = {value}: must be {allowed}")
+    require(condition, f"{PREFIX}{key}", value, allowed)

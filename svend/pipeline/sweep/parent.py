@@ -15,6 +15,7 @@ from svend.errors import Interrupted, UserError
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.console import make_console
 from svend.pipeline.interruption import StopSignals
+from svend.pipeline.outcome import Ending
 from svend.pipeline.report import show_next_steps
 from svend.pipeline.sweep.claim import ParentClaim, TakenOver
 from svend.pipeline.sweep.confirmation import (
@@ -35,13 +36,13 @@ from svend.pipeline.sweep.liveness import LOOKS_IN_SILENCE
 from svend.pipeline.sweep.options import Sampler, Sweep
 from svend.pipeline.sweep.processes import WorkerProcesses
 from svend.pipeline.sweep.report import record_sweep, rules_table, trials_table
+from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import (
     ABANDONED,
     FINISHED,
     PARENT_RUN,
     RUN,
     TASK,
-    Place,
     SweepStudy,
     name_of,
 )
@@ -95,30 +96,20 @@ def run_sweep(sweep: Sweep, place: Place, worker_command: Sequence[str]) -> Swee
         with signals.deferred():
             search = SweepStudy.create(place, sweep)
             tracked = _track(config, search, place)
-        status: str | None = "FINISHED"
-        reason = None
+        ending = Ending("FINISHED")
         try:
             parent = _Parent(
                 sweep, place, claim, search, tracked, console, signals, worker_command
             )
             return parent.run()
-        except TakenOver:
-            status = None
-            raise
-        except UserError as error:
-            status, reason = "FAILED", str(error)
-            raise
-        except Interrupted as interruption:
-            status, reason = "KILLED", str(interruption)
-            raise
         except BaseException as error:
-            status, reason = "FAILED", f"{type(error).__name__}: {error}"
+            ending = Ending.by(error)
             raise
         finally:
-            if status is None:
+            if isinstance(ending.mistake, TakenOver):
                 tracked.leave()
             else:
-                tracked.end(status, reason)
+                tracked.end(ending.status, ending.reason)
 
 
 class _Parent:

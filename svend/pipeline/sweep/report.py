@@ -19,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from svend.pipeline.hyperparameters import HYPERPARAMETERS, FoundAt, Hyperparameters
+from svend.pipeline.report import format_value
 from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured, Rule
 from svend.pipeline.sweep.options import Sweep
-from svend.pipeline.sweep.study import REASON, RUN, Place, SweepStudy, origin_of
+from svend.pipeline.sweep.storage import Place
+from svend.pipeline.sweep.study import REASON, RUN, SweepStudy, origin_of
 from svend.tracking.environment import environment_tags
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import tags_of
@@ -147,7 +149,8 @@ def trials_table(search: SweepStudy) -> Table:
         table.add_column(key.removeprefix("training."), justify="right")
     for trial in best:
         loss = "diverged" if state_of(trial) == "diverged" else f"{trial.value:.4f}"
-        table.add_row(str(origin_of(trial)), loss, *(_short(trial.params.get(k)) for k in keys))
+        values = (format_value(trial.params.get(key)) for key in keys)
+        table.add_row(str(origin_of(trial)), loss, *values)
     return table
 
 
@@ -167,16 +170,12 @@ def _last_loss(trial: FrozenTrial) -> float:
     return math.nan if last is None else trial.intermediate_values[last]
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _note(
     place: Place, winner: Candidate | None, rules: Sequence[Rule], promotable: bool
 ) -> str:
     lines = [f"Sweep **{place.study}**: {'promotable' if promotable else 'not promotable'}."]
     if winner is not None:
-        values = ", ".join(f"`{key}` {_short(value)}" for key, value in winner.values.items())
+        values = ", ".join(f"`{key}` {format_value(value)}" for key, value in winner.values.items())
         lines.append(f"Best on fresh seeds: {winner.name}, {values}.")
     lines += [f"- {'holds' if rule.holds else 'FAILS'}: {rule.name}: {rule.why}" for rule in rules]
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
@@ -191,8 +190,8 @@ def _summary(
     default = sweep.default_values()
     name, best = _winner_or_best(winner, trials, sweep)
     values = pd.DataFrame(
-        {"key": d.key, "searched": d.describe(), "default": _short(default[d.key]),
-         name: _short(best.get(d.key, "none"))}
+        {"key": d.key, "searched": d.describe(), "default": format_value(default[d.key]),
+         name: format_value(best.get(d.key, "none"))}
         for d in sweep.space
     )
     again = reruns_frame(reruns)

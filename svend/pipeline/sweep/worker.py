@@ -26,16 +26,17 @@ from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.sweep.liveness import Heartbeat
 from svend.pipeline.sweep.options import Sweep, Value
+from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import (
     ABANDONED,
     REASON,
     RUN,
     TASK,
-    Place,
     SweepStudy,
     name_of,
     suggest,
 )
+from svend.pipeline.whole_files import append_lines, read_lines
 from svend.tracking.runs import end_abandoned, experiment_of
 
 WAIT_SECONDS = 1.0
@@ -215,23 +216,11 @@ class _Losses:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, step: int, loss: float) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
-            # The line break comes first, so that a line torn by a kill spoils no other.
-            stream.write("\n" + json.dumps([step, loss]))
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self._path, [[step, loss]])
 
     def read(self) -> dict[int, float]:
-        """Return the loss by step; a line torn by a kill is left out."""
-        found: dict[int, float] = {}
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        for line in text.splitlines():
-            try:
-                step, loss = json.loads(line)
-            except ValueError:
-                continue
-            found[int(step)] = float(loss)
-        return found
+        """Return the loss by step."""
+        return {int(step): float(loss) for step, loss in read_lines(self._path)}
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -21,18 +21,17 @@ from torch import Tensor
 
 from svend.errors import CheckpointError, RankLost, one_line
 from svend.models.shards import is_sharded
-from svend.pipeline.checkpoint_files import (
+from svend.pipeline.checkpoints.files import hash_file, write_state
+from svend.pipeline.checkpoints.metadata import (
     LAYOUT,
     MODEL,
     PART_SUFFIX,
     PARTS_INDEX,
     Checkpoint,
-    flush_folder,
-    hash_file,
     write_metadata,
-    write_state,
 )
 from svend.pipeline.state_files import read_state
+from svend.pipeline.whole_files import flush_folder
 from svend.training.parallel import Ranks, is_about_a_connection
 
 if TYPE_CHECKING:

@@ -1,93 +1,57 @@
-"""Checkpoints that are whole or absent, on a disk or behind an unreliable mount."""
+"""The checkpoints of one run: saved, listed, loaded and pruned, each whole or absent."""
 
 from __future__ import annotations
 
 import errno
 import math
-import operator
 import os
 import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from svend.errors import CheckpointError, ConfigError, RankLost
-from svend.models.shards import is_sharded
-from svend.pipeline.checkpoint_files import (
-    EXTRA_STATE,
-    METADATA,
-    MODEL,
-    Checkpoint,
-    Snapshots,
+from svend.pipeline.checkpoints.files import (
     UnreachableError,
     check_loadable,
-    copy_checkpoint,
-    flush_folder,
     format_bytes,
     has_dead_writer,
     has_full_length,
-    metadata_bytes,
     move_into_place,
-    read_folder,
     reason_of,
     remove_checkpoints,
     tidy_folder,
     verify,
-    write_bytes,
     write_state,
     writing_place,
 )
+from svend.pipeline.checkpoints.metadata import (
+    EXTRA_STATE,
+    METADATA,
+    MODEL,
+    Checkpoint,
+    metadata_bytes,
+    read_folder,
+)
+from svend.pipeline.checkpoints.states import (
+    BYTES_BESIDE_TENSORS,
+    Content,
+    Snapshots,
+    Stateful,
+    gather_content,
+    load_parts,
+)
 from svend.pipeline.config import FullDisk
-from svend.pipeline.drive_copier import DriveCopier, claim_cache, own_cache, reach_drive
-from svend.pipeline.sharded_files import PartialSave, consolidate_weights, read_state_of
-from svend.pipeline.state_files import read_state
-
-__all__ = ["METADATA", "MODEL", "Checkpoint", "CheckpointManager", "DriveCheckpointManager",
-           "Stateful", "verify"]
-
-
-# The names, the metadata and what a state has beside its tensors.
-BYTES_BESIDE_TENSORS = 200_000
-# After each, a drive that vanished during a load is tried again.
-FETCH_PAUSES_SECONDS = (0.5, 2.0, 5.0)
-
-
-class Stateful(Protocol):
-    """What has a state to save: an optimizer, a scheduler, a gradient scaler."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class _Content:
-    """What a checkpoint is to hold."""
-
-    step: int
-    epoch: int
-    metrics: dict[str, float]
-    states: dict[str, Any]
-    partial: PartialSave | None
-
-    @property
-    def bytes(self) -> int:
-        """What it takes on the disk, a little more than its tensors."""
-        if self.partial is not None:
-            return self.partial.bytes + BYTES_BESIDE_TENSORS
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in _tensors_in(self.states)
-        }
-        return sum(storages.values()) + BYTES_BESIDE_TENSORS
+from svend.pipeline.checkpoints.sharded import PartialSave, consolidate_weights
+from svend.pipeline.whole_files import flush_folder, write_bytes
 
 
 class FullDiskError(CheckpointError):
@@ -156,7 +120,7 @@ class CheckpointManager:
         """
         self._wait_for_background()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        return self._write(_content(parts, step, epoch, metrics, extra_state, partial))
+        return self._write(gather_content(parts, step, epoch, metrics, extra_state, partial))
 
     def save_in_background(
         self,
@@ -178,7 +142,7 @@ class CheckpointManager:
         """
         self._wait_for_background()
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        content = _content(parts, step, epoch, metrics, extra_state, partial)
+        content = gather_content(parts, step, epoch, metrics, extra_state, partial)
         try:
             content = replace(content, states=self._snapshots.take(content.states))
         except TypeError as error:
@@ -213,7 +177,7 @@ class CheckpointManager:
         if self._saving is not None:
             wait([self._saving])
 
-    def _write(self, content: _Content) -> str:
+    def _write(self, content: Content) -> str:
         """Save, and where the disk is full, as `on_full_disk` says."""
         started_seconds = time.perf_counter()
         try:
@@ -258,7 +222,7 @@ class CheckpointManager:
             f"{format_bytes(self._missing_bytes(needed_bytes))} are missing"
         )
 
-    def _write_once(self, content: _Content) -> str:
+    def _write_once(self, content: Content) -> str:
         checkpoint_id = _checkpoint_id(content.step)
         place = self.output_dir / checkpoint_id
         writing = writing_place(place)
@@ -432,220 +396,6 @@ class CheckpointManager:
         return superfluous
 
 
-class DriveCheckpointManager(CheckpointManager):
-    """Saves into a local cache at once, and copies to a slow, unreliable folder in the background.
-
-    The folder may vanish and come back at any time. What is loaded is the newest checkpoint that
-    is intact on either side. Used as a context manager, or closed, it waits for the copies; a
-    normal end of the process waits too, for a bounded time.
-    """
-
-    def __init__(
-        self,
-        drive_path: str | Path,
-        local_cache: str | Path | None = None,
-        save_total_limit: int = 3,
-        best_metric: str = "loss",
-        best_metric_mode: str = "min",
-        *,
-        on_full_disk: FullDisk = FullDisk.STOP,
-    ) -> None:
-        """Mount Drive if `drive_path` lies on it, and copy what an earlier process could not.
-
-        Without a `local_cache`, each `drive_path` has its own under ~/.cache/svend.
-        """
-        self.drive_path = Path(drive_path).expanduser().absolute()
-        cache = Path(local_cache).expanduser().absolute() if local_cache else own_cache(
-            self.drive_path)
-        if cache == self.drive_path:
-            raise ConfigError(f"local_cache = {local_cache}: is drive_path itself; choose another")
-        super().__init__(
-            cache, save_total_limit, best_metric, best_metric_mode, on_full_disk=on_full_disk
-        )
-        reach_drive(self.drive_path)
-        claim_cache(cache, self.drive_path)
-        self._copier = DriveCopier(cache, self.drive_path, self._worth_keeping)
-        self._copy_what_is_missing()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def flush(self, timeout_seconds: float = 600.0) -> bool:
-        """Wait until every checkpoint has arrived; return whether all have."""
-        self._wait_for_background()
-        arrived = self._copier.flush(timeout_seconds)
-        self._prune_cache(self._copier.in_flight)
-        return arrived
-
-    def close(self, timeout_seconds: float = 600.0) -> bool:
-        """Wait as `flush` does, though not long for a drive that is away; then stop trying.
-
-        What has not arrived stays in the cache, and is copied by the next manager of both.
-        """
-        self._wait_for_background()
-        return self._copier.close(timeout_seconds)
-
-    def list_checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints of both sides from old to new, unverified.
-
-        The drive's are those of the last look at it, for it may be slow: loading and every
-        finished copy look anew.
-        """
-        return self._newest_of_each(super().list_checkpoints())
-
-    def print_summary(self) -> None:
-        """Print a line for each checkpoint, the best one marked, and how the drive stands."""
-        super().print_summary()
-        waiting = self._copier.waiting()
-        state = f"waiting to be copied: {', '.join(waiting)}" if waiting else "nothing waits"
-        print(f"{self.drive_path}: {len(self._copier.on_drive)} checkpoints, {state}")
-
-    def _saved(self, checkpoint_id: str) -> None:
-        self._copier.add(checkpoint_id)
-        # A drive slower than the training would otherwise never see a copy finished.
-        self._prune_cache({checkpoint_id} | self._in_use())
-
-    def _in_use(self) -> set[str]:
-        return self._copier.in_flight
-
-    def _prune_cache(self, spared: set[str]) -> None:
-        self._copier.forget(c.checkpoint_id for c in self._prune(spared))
-
-    def _known(self) -> list[Checkpoint]:
-        return [*super()._known(), *self._copier.on_drive]
-
-    def _look(self) -> list[Checkpoint]:
-        try:
-            complaints = self._copier.look()
-        except OSError as error:
-            complaints = [f"{self.drive_path}: cannot be read ({reason_of(error)}); "
-                          f"only {self.output_dir} is looked at"]
-        for complaint in complaints:
-            warnings.warn(complaint, stacklevel=3)
-        return self.list_checkpoints()
-
-    def _newest_of_each(self, cached: list[Checkpoint]) -> list[Checkpoint]:
-        # The sort is stable: of two equal copies the cached one comes last, and is taken.
-        both = sorted([*self._copier.on_drive, *cached], key=lambda c: c.age_key)
-        return list({c.checkpoint_id: c for c in both}.values())
-
-    def _copy_what_is_missing(self) -> None:
-        try:
-            self._copier.look()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.drive_path}: cannot be read ({reason_of(error)}); mount the drive again"
-            ) from error
-        cached, _ = read_folder(self.output_dir)
-        kept = self._worth_keeping(self._newest_of_each(cached))
-        for checkpoint in cached:
-            if checkpoint.checkpoint_id in kept and not self._copier.has(checkpoint):
-                self._copier.add(checkpoint.checkpoint_id)
-
-    def _intact(self, checkpoint: Checkpoint) -> Checkpoint:
-        cached, _ = read_folder(self.output_dir)
-        copies = [c for c in [*cached, *self._copier.on_drive]
-                  if c.checkpoint_id == checkpoint.checkpoint_id]
-        *rest, last = sorted(copies, key=lambda c: c.created, reverse=True) or [checkpoint]
-        for copy in rest:
-            try:
-                return self._verified(copy)
-            except CheckpointError as error:
-                warnings.warn(f"{error}; using the copy on the other side", stacklevel=3)
-        return self._verified(last)
-
-    def _verified(self, checkpoint: Checkpoint) -> Checkpoint:
-        if checkpoint.path.parent == self.output_dir:
-            verify(checkpoint)
-            return checkpoint
-        for pause_seconds in FETCH_PAUSES_SECONDS:
-            try:
-                return self._fetched(checkpoint)
-            except (OSError, CheckpointError):
-                if self._copier.is_there(checkpoint):
-                    raise
-            time.sleep(pause_seconds)
-        raise UnreachableError(
-            f"{checkpoint.path}: the drive went away while it was read; mount it and try again"
-        )
-
-    def _fetched(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return a verified copy in the cache, or the drive's own where the cache is full."""
-        try:
-            fetched = copy_checkpoint(checkpoint, self.output_dir)
-        except OSError as error:
-            # A full cache is no reason to go back to an older state.
-            verify(checkpoint)
-            warnings.warn(f"{checkpoint.path}: read from the drive, for it cannot be copied to "
-                          f"{self.output_dir} ({reason_of(error)})", stacklevel=5)
-            fetched = checkpoint
-        self._copier.note_verified(checkpoint.checkpoint_id)
-        return fetched
-
-
-def _content(
-    parts: Mapping[str, Stateful | nn.Module | None],
-    step: int,
-    epoch: int,
-    metrics: Mapping[str, float] | None,
-    extra_state: Mapping[str, Any] | None,
-    partial: PartialSave | None,
-) -> _Content:
-    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    return _Content(
-        _whole_number("step", step),
-        _whole_number("epoch", epoch),
-        {name: _number(name, value) for name, value in (metrics or {}).items()},
-        {**states, "extra_state": dict(extra_state or {}),
-         **({} if partial is None else {"layout": partial.layout})},
-        partial,
-    )
-
-
-def load_parts(
-    checkpoint: Checkpoint, parts: Mapping[str, Stateful | nn.Module | None]
-) -> tuple[int, int, dict[str, Any]]:
-    """Load what is given, by its name, from a verified checkpoint; None for what is not wanted.
-
-    Saved whole or in parts, it is loaded whole or in parts, as model and optimizer are laid out.
-    Where several processes each hold a part, each calls this.
-    """
-    wanted = {name: part for name, part in parts.items() if part is not None}
-    like, on_cuda = _sharded_tensor(wanted.get("model")), _is_on_cuda(wanted.get("model"))
-    # All are read before the first is changed, but for a sharded model, which is read into its
-    # place: there is no room for it twice.
-    states = {
-        name: read_state_of(checkpoint, name, part.state_dict(), like, on_cuda=on_cuda)
-        for name, part in wanted.items()
-    }
-    extra_state = read_state(checkpoint.path / EXTRA_STATE)
-    if not isinstance(extra_state, dict):
-        raise CheckpointError(f"{checkpoint.path / EXTRA_STATE}: holds no state")
-    for name, part in wanted.items():
-        try:
-            part.load_state_dict(states.pop(name))
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{checkpoint.path / name}.pt does not fit this {name}: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from None
-    return checkpoint.step, checkpoint.epoch, extra_state
-
-
-def _sharded_tensor(model: Stateful | nn.Module | None) -> Tensor | None:
-    """Return a tensor of the model by which this process cuts what it loads, if it does."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next(filter(is_sharded, parameters), None)
-
-
-def _is_on_cuda(model: Stateful | nn.Module | None) -> bool:
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return any(parameter.device.type == "cuda" for parameter in parameters)
-
-
 def _checkpoint_id(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -657,37 +407,9 @@ def _unwritable(place: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _tensors_in(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors_in(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors_in(value)
-
-
 def _is_intact(checkpoint: Checkpoint) -> bool:
     try:
         verify(checkpoint)
     except CheckpointError:
         return False
     return True
-
-
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise CheckpointError(f"{name} = {value!r}: must be a whole number of at least 0")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise CheckpointError(f"metrics['{name}'] = {value!r}: must be a number") from None

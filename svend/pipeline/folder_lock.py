@@ -1,4 +1,4 @@
-"""Folders that one process has at a time, and files in them that are whole at any instant."""
+"""Folders that one process has at a time."""
 
 from __future__ import annotations
 
@@ -52,16 +52,6 @@ class FolderLock:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is the old one or the new one, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
 
 
 def _user() -> str:

@@ -7,36 +7,25 @@ place by one rename, so that a process killed at any instant leaves the old stat
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import hashlib
 import io
-import json
 import os
 import pickle
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from svend import cuda
-from svend.errors import CheckpointError, one_line
+from svend.errors import CheckpointError
+from svend.pipeline.checkpoints.metadata import EXTRA_STATE, METADATA, Checkpoint, parse_metadata
 from svend.pipeline.state_files import read_state
+from svend.pipeline.whole_files import flush_folder, write_bytes
 
-METADATA = "metadata.json"
-METADATA_SHA256 = "metadata_sha256"
-MODEL = "model.pt"
-EXTRA_STATE = "extra_state.pt"  # in every checkpoint
-# Of one that was written in parts: what is not sharded, and where the parts lie.
-LAYOUT, PARTS_INDEX, PART_SUFFIX = "layout.pt", ".metadata", ".distcp"
-METADATA_TYPES = {"checkpoint_id": str, "sequence": int, "step": int, "epoch": int,
-                  "metrics": dict, "created": str, "files": dict}
-ENTRY_TYPES = {"sha256": str, "bytes": int}
 CHUNK_BYTES = 4 * 2**20
 # A container's processes have the same id after every start: this tells them apart.
 PROCESS_TOKEN = secrets.token_hex(4)
@@ -44,124 +33,6 @@ PROCESS_TOKEN = secrets.token_hex(4)
 
 class UnreachableError(CheckpointError):
     """A checkpoint that cannot be read now, and may well be intact."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is known of a checkpoint without loading it."""
-
-    checkpoint_id: str
-    path: Path
-    sequence: int  # counts the saves into a folder
-    step: int
-    epoch: int
-    metrics: dict[str, float]
-    created: str
-    files: dict[str, dict[str, Any]]
-
-    @property
-    def weights_sha256(self) -> str:
-        """The hash of the weights' file: what a verdict and a registered version refer to.
-
-        Of parts, until they are put together, it is that of their hashes.
-        """
-        if MODEL in self.files:
-            digest: str = self.files[MODEL]["sha256"]
-            return digest
-        if not self.in_parts:
-            raise CheckpointError(f"{self.path}: was saved without a model")
-        parts = {name: entry["sha256"] for name, entry in self.files.items()
-                 if name.endswith(PART_SUFFIX) or name == PARTS_INDEX}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether several processes each wrote a part of model and optimizer."""
-        return LAYOUT in self.files
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(entry["bytes"]) for entry in self.files.values())
-
-    @property
-    def age_key(self) -> tuple[int, str]:
-        """Sorts checkpoints from old to new, whatever their steps: a run may have gone back."""
-        return self.sequence, self.created
-
-    def is_copy_of(self, other: Checkpoint) -> bool:
-        """Whether both say they hold the same, wherever they lie."""
-        return replace(self, path=other.path) == other
-
-
-def read_folder(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Return the checkpoints from old to new, unverified, and what is said of the others."""
-    found, complaints = [], []
-    for path in sorted(folder.glob("step_*")):
-        try:
-            found.append(read_metadata(path))
-        except (OSError, ValueError) as error:
-            complaints.append(f"{path}: not a checkpoint ({one_line(error)}); passed over")
-    return sorted(found, key=lambda c: c.age_key), complaints
-
-
-def read_metadata(path: Path) -> Checkpoint:
-    """Read what a checkpoint says of itself."""
-    return _parse_metadata(path, (path / METADATA).read_bytes())
-
-
-def metadata_bytes(metadata: dict[str, Any]) -> bytes:
-    """Return the content of a metadata file, which ends with a hash of itself."""
-    return json.dumps({**metadata, METADATA_SHA256: _metadata_sha256(metadata)}, indent=1).encode()
-
-
-def write_metadata(checkpoint: Checkpoint) -> None:
-    """Write anew what a checkpoint says of itself, whole or not at all."""
-    told = {name: value for name, value in vars(checkpoint).items() if name != "path"}
-    writing = checkpoint.path / f".writing-{METADATA}"
-    write_bytes(writing, metadata_bytes(told))
-    writing.replace(checkpoint.path / METADATA)
-    flush_folder(checkpoint.path)
-
-
-def _metadata_sha256(metadata: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-
-
-def _parse_metadata(path: Path, content: bytes) -> Checkpoint:
-    """Return what a metadata file says; raise ValueError if it is not what was written."""
-    try:
-        metadata = json.loads(content)
-        recorded = metadata.pop(METADATA_SHA256, None) if isinstance(metadata, dict) else None
-        damaged = recorded != _metadata_sha256(metadata)
-    except RecursionError:
-        damaged = True
-    if damaged:
-        raise ValueError(f"{METADATA} is damaged (its hash is not the recorded one)")
-    _check_types(metadata)
-    checkpoint = Checkpoint(path=path, **metadata)
-    if path.name != checkpoint.checkpoint_id:
-        raise ValueError(f"is a copy of {checkpoint.checkpoint_id} under another name")
-    for name in checkpoint.files:
-        # A file named ../../x would be copied out of the folder.
-        if name in ("", ".", "..", METADATA) or "/" in name or "\0" in name:
-            raise ValueError(f"'{name}' is no name of a checkpoint's file")
-    return checkpoint
-
-
-def _check_types(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError unless everything has its type: a stranger can compute a hash too."""
-    for name, kind in METADATA_TYPES.items():
-        if type(metadata.get(name)) is not kind:
-            raise ValueError(f"{METADATA}: {name} is no {kind.__name__}")
-    if metadata.keys() != METADATA_TYPES.keys():
-        raise ValueError(f"{METADATA}: holds more than it should")
-    if min(metadata["sequence"], metadata["step"], metadata["epoch"]) < 0:
-        raise ValueError(f"{METADATA}: sequence, step and epoch must be at least 0")
-    if not all(type(value) in (int, float) for value in metadata["metrics"].values()):
-        raise ValueError(f"{METADATA}: a metric is no number")
-    for name, entry in metadata["files"].items():
-        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != ENTRY_TYPES:
-            raise ValueError(f"{METADATA}: '{name}' must have a sha256 and a number of bytes")
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -219,7 +90,7 @@ def copy_checkpoint(source: Checkpoint, folder: Path, writer: str | None = None)
         for name, entry in source.files.items():
             _copy_file(source.path / name, writing / name, entry["sha256"])
         write_bytes(writing / METADATA, metadata)
-        arrived = _parse_metadata(place, (writing / METADATA).read_bytes())
+        arrived = parse_metadata(place, (writing / METADATA).read_bytes())
         if not arrived.is_copy_of(source):
             # Saved anew since `source` was read, or garbled on the way: neither is to be taken.
             raise OSError(errno.EIO, "the metadata changed on the way", str(writing / METADATA))
@@ -311,52 +182,6 @@ def remove_checkpoints(checkpoints: Iterable[Checkpoint], writer: str | None = N
         shutil.rmtree(doomed)
 
 
-class Snapshots:
-    """Copies of states in main memory, each in the memory of the one before.
-
-    On CUDA the memory is pinned, so that copying runs at the full speed of the bus.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def take(self, state: Any) -> Any:
-        """Return a copy that training does not change, and that the next call overwrites.
-
-        Tensors that share their memory, such as tied weights, share it in the copy too.
-        """
-        taken: dict[tuple[Any, ...], torch.Tensor] = {}
-
-        def copy_of(value: Any, place: tuple[Any, ...]) -> Any:
-            if isinstance(value, torch.Tensor):
-                key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-                if value.numel() == 0 or key not in taken:
-                    taken[key] = self._filled(place, value.detach())
-                return taken[key]
-            if isinstance(value, dict):
-                # A shallow copy first: a module's state has attributes beside its entries.
-                changed = copy.copy(value)
-                changed.update({k: copy_of(entry, (*place, k)) for k, entry in value.items()})
-                return changed
-            if type(value) in (list, tuple):
-                return type(value)(copy_of(v, (*place, i)) for i, v in enumerate(value))
-            return copy.deepcopy(value)
-
-        whole = copy_of(state, ())
-        if any(tensor.is_pinned() for tensor in self._buffers.values()):
-            cuda.synchronize()
-        return whole
-
-    def _filled(self, place: tuple[Any, ...], value: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffers.get(place)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(
-                value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
-            )
-            self._buffers[place] = buffer
-        return buffer.copy_(value, non_blocking=True)
-
-
 def write_state(path: Path, state: Any) -> dict[str, Any]:
     """Write a state through to the disk; return its hash and size."""
     # By name: into a Python stream each tensor would be copied once more.
@@ -369,14 +194,6 @@ def write_state(path: Path, state: Any) -> dict[str, Any]:
 def hash_file(path: Path) -> dict[str, Any]:
     """Return a file's hash and size."""
     return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes through to the disk."""
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def check_loadable(path: Path, state: Mapping[str, Any]) -> None:
@@ -396,19 +213,6 @@ def check_loadable(path: Path, state: Mapping[str, Any]) -> None:
                     "safely; give tensors, numbers, strings, lists and dicts of them"
                 ) from None
         raise
-
-
-def flush_folder(folder: Path) -> None:
-    """Write a folder's list of names through to the disk, where its file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and FUSE mounts flush files only.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def format_bytes(count: float) -> str:

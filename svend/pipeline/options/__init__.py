@@ -1,0 +1,1 @@
+"""What can be set, of which type, and what may be combined with what: the schema."""

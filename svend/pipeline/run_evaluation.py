@@ -1,0 +1,65 @@
+"""What is measured on a run's weights as they are: the held-out loss, and the benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+
+from svend.evaluation.heldout import HeldoutLoss
+from svend.evaluation.measurement import Measurement
+from svend.models.transformer import ReasoningTransformer
+from svend.pipeline.benchmarking import evaluate_model
+from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
+from svend.pipeline.job import Job
+from svend.pipeline.record import record_evaluation
+from svend.pipeline.replica import gather_model, measure_heldout
+
+
+def evaluate_heldout(job: Job) -> HeldoutLoss:
+    """Measure the held-out loss, and log it unless it was logged at this step before."""
+    with job.spending("evaluating"):
+        measured = job.call(measure_heldout)
+    job.final_loss = measured.loss
+    if math.isnan(job.first_loss):
+        job.first_loss = measured.loss
+    if job.state.step <= job.evaluated_step:
+        return measured
+    job.evaluated_step = job.state.step
+    bytes_per_token = job.heldout.bytes_per_token(job.config.training.heldout_sequences)
+    job.tracked.log_metrics(
+        {
+            "eval/heldout_loss": measured.loss,
+            "eval/perplexity": measured.perplexity,
+            "eval/bits_per_byte": measured.bits_per_byte(bytes_per_token),
+        },
+        job.state.step,
+    )
+    return measured
+
+
+def evaluate_benchmarks(
+    job: Job, console: Console, is_stopped: Callable[[], bool]
+) -> Mapping[str, Measurement] | None:
+    """Measure the benchmarks and the held-out loss; None where no benchmark is to be measured."""
+    model = job.state.model
+    if not job.config.eval_benchmarks:
+        return None
+    if not isinstance(model, ReasoningTransformer):
+        console.print(
+            f"benchmarks: not measured; {type(model).__name__} is no ReasoningTransformer"
+        )
+        return None
+    heldout = evaluate_heldout(job)
+    with job.spending("evaluating"), AnswerProgress(console) as progress:
+        whole = job.call(gather_model)
+        assert isinstance(whole, ReasoningTransformer)
+        evaluation = evaluate_model(
+            job.config, whole, job.corpus.tokenizer, job.questions, lambda: heldout,
+            progress.advance, is_stopped,
+        )
+    record_evaluation(job.tracked, evaluation, job.state.step)
+    job.measured = evaluation.measurements
+    console.print(measurement_table(evaluation.results, evaluation.measurements))
+    return {**heldout.measurements(), **evaluation.measurements}
