@@ -53,10 +53,16 @@ class Call:
     answer: Any = None
     ends_joined_run: bool = True
 
-    @property
-    def words(self) -> str:
-        """What was given, as another command of the same settings takes it."""
-        return shlex.join(word for word in self.arguments if word != "--json")
+    def words(self, *without: str) -> str:
+        """Return what was given, but for --json and these switches, as it can be pasted."""
+        kept, left = [], list(self.arguments)
+        while left:
+            word = left.pop(0)
+            if word.partition("=")[0] not in ("--json", *without):
+                kept.append(word)
+            elif word in without and left and left[0] in ("true", "false"):
+                left.pop(0)
+        return shlex.join(kept)
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:

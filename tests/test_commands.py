@@ -161,6 +161,13 @@ def test_the_planted_faults_are_those_that_there_are() -> None:
     assert ("none", *faults.FAULTS) == faults_command.PLANTED
 
 
+def test_the_next_command_is_what_was_given_but_for_what_only_looked() -> None:
+    words = ["sweep", "--dry-run", "--json", "--search", "{a.b: null}"]
+    assert parse(words).words("--dry-run") == "--search '{a.b: null}'"
+    words = ["ladder", "--dry-run", "true", "--end=small"]
+    assert parse(words).words("--dry-run") == "--end=small"
+
+
 # JSON
 
 class Colour(Enum):

@@ -51,9 +51,9 @@ def _plan_here(call: Call) -> None:
 
     call.answer = preview_run(compose_run(call.groups, call.overrides))
     if call.answer["fits"]:
-        tell_next("validate", call.words)
+        tell_next("validate", call.words())
     else:
-        tell_next("plan", call.words, "--gpu a100-80gb")
+        tell_next("plan", call.words(), "--gpu a100-80gb")
 
 
 def _plan_on_gpus(call: Call) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from svend.command import Call, Command, tell_loading, tell_next
 
+MOST_NAMED = 5
+
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER",
@@ -19,7 +21,7 @@ def _run(call: Call) -> int:
 
     sent = sync(call.options.folder)
     call.answer = {"runs": sent}
-    tell_next("compare", *(run.run_id for run in sent))
+    tell_next("compare", *(run.run_id for run in sent if len(sent) <= MOST_NAMED))
     return 0
 
 

@@ -54,7 +54,7 @@ def _run(call: Call) -> int:
         return 0
     if result.interrupted and not result.interrupted_at_once:
         again = [] if options.resume != "false" else ["--resume"]
-        tell_next("train", call.words, *again)
+        tell_next("train", call.words(), *again)
     print(f"error: {one_line(result.reason)}", file=sys.stderr, flush=True)
     if result.interrupted_at_once:
         sys.stdout.flush()

@@ -17,7 +17,7 @@ def _run(call: Call) -> int:
     passed = all(check.passed for check in checks)
     call.answer = {"passed": passed, "checks": checks}
     if passed:
-        tell_next("train", call.words)
+        tell_next("train", call.words())
     return 0 if passed else 1
 
 

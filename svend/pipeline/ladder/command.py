@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,7 @@ def _run(call: Call) -> int:
         return 0
     if looks:
         call.answer = _show_dry_run(ladder, name, folder)
-        words = [word for word in call.arguments if word not in ("--json", "--dry-run")]
-        tell_next("ladder", shlex.join(words))
+        tell_next("ladder", call.words("--dry-run"))
         return 0
     return _climb(call, ladder, name, folder)
 
@@ -127,9 +125,9 @@ def _show_dry_run(ladder: Ladder, name: str, folder: Path) -> dict[str, Any]:
     if (folder / LADDER_FILE).exists():
         history += Standing.open(folder).climbed()
     console = make_console()
-    with CountProgress(console, "rungs planned") as progress:
+    with CountProgress(console, "planned") as progress:
         plans = plan_rungs(ladder, history, lambda done, total: progress.advance(
-            "measuring this machine", done, total))
+            "rungs", done, total))
     show_plan(console, ladder, name, plans)
     return {"name": name, "rungs": [plan.record() for plan in plans]}
 

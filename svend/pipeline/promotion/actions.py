@@ -90,10 +90,10 @@ def audit(model: str | None, gates: GatesConfig, *, repair: bool) -> list[dict[s
         names = [model] if model else registered_models()
         repaired = {name: repair_aliases(name) for name in names} if repair else {}
         findings = []
-        with CountProgress(console, "models audited") as progress:
+        with CountProgress(console, "audited") as progress:
             for number, name in enumerate(names, 1):
                 findings += audit_model(name, gates)
-                progress.advance("audit", number, len(names))
+                progress.advance("models", number, len(names))
     for name, done in repaired.items():
         for line in done:
             console.print(f"repaired {name}: {line}", soft_wrap=True, markup=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +69,7 @@ def _run(call: Call) -> int:
     elif dry_run:
         show_dry_run(sweep, place)
         call.answer = _plan_of(sweep, place)
-        words = [word for word in call.arguments if word not in ("--json", "--dry-run")]
-        tell_next("sweep", shlex.join(words))
+        tell_next("sweep", call.words("--dry-run"))
     else:
         result = run_sweep(sweep, place, worker_command(call.arguments))
         call.answer = _result_of(result, place)
