@@ -129,6 +129,7 @@ def parse(words: Sequence[str]) -> Call:
         raise ConfigError(
             f"'{rest[0]}' is not an option: expected a form such as --key value"
         )
+    next(top for top in COMMANDS if top.name == parsed.top).check(parsed)
     return call_of(parsed, words[words.index(parsed.top) + 1:])
 
 

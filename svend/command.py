@@ -69,6 +69,10 @@ def _no_options(parser: argparse.ArgumentParser) -> None:
     """Add no options."""
 
 
+def _any_options(options: argparse.Namespace) -> None:
+    """Take any options."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One command, declared once.
@@ -76,7 +80,8 @@ class Command:
     summary: one line, for the list of all. description: what it does. makes: what is there
     afterwards. notes: what else its help says, before the examples. examples: command lines that
     run as they are. answer: what --json prints, where there is such an option. sections: whose keys
-    it takes beside the configuration's, by prefix. kinds: the commands below it. run: returns the
+    it takes beside the configuration's, by prefix. kinds: the commands below it. check: raises
+    ConfigError for options that do not go together, also where a kind is called. run: returns the
     exit code, or raises UserError.
     """
 
@@ -92,6 +97,7 @@ class Command:
     answer: str | None = None
     sections: Mapping[str, type] = field(default_factory=dict)
     kinds: tuple[Command, ...] = ()
+    check: Callable[[argparse.Namespace], None] = _any_options
 
     def add_to(self, commands: argparse._SubParsersAction[Any]) -> None:
         """Add the command's parser to those of its siblings."""

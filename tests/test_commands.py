@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,17 @@ def test_a_refusal_leaves_standard_output_empty(capsys: pytest.CaptureFixture[st
 
 # Progress
 
-def test_progress_in_a_pipe_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("console", [
+    lambda pipe: Console(file=pipe),
+    lambda pipe: Console(file=pipe, force_terminal=True, _environ={"TERM": "dumb"}),
+], ids=["pipe", "dumb terminal"])
+def test_progress_where_no_bar_can_be_drawn_is_a_plain_line_now_and_then(
+    console: Callable[[io.StringIO], Console], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = iter(range(0, 1000, 4))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     pipe = io.StringIO()
-    with CountProgress(Console(file=pipe), "answers") as bar:
+    with CountProgress(console(pipe), "answers") as bar:
         for done in range(1, 11):
             bar.advance("gsm8k", done, 10)
     lines = pipe.getvalue().splitlines()

@@ -31,6 +31,7 @@ BENCH = Command(
         "svend bench --gpu-report --rehearse",
     ),
     add_options=gpu_report_command.add_options,
+    check=gpu_report_command.check_kind,
     run=gpu_report_command.run,
     kinds=(
         train_command.TRAIN, scaling_command.SCALING, data_command.DATA,

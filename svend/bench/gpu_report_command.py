@@ -45,7 +45,6 @@ def check_kind(options: argparse.Namespace) -> None:
 def run(call: Call) -> int:
     """Run the report, write it after each part, print it, and return the exit code."""
     options = call.options
-    check_kind(options)
     started, rehearsal = time.monotonic(), options.gpu_report_rehearse
     minutes = _parse_minutes(options.gpu_report_minutes)
     tell_loading("torch")

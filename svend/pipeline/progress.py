@@ -21,15 +21,19 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class TerminalBar:
-    """A bar that is shown on a terminal only, while entered; elsewhere its heirs print lines."""
+    """A bar that is shown on a terminal only, while entered; elsewhere its heirs print lines.
+
+    A terminal that cannot draw over what it has drawn (TERM=dumb) gets lines too.
+    """
 
     def __init__(self, console: Console, *columns: ProgressColumn, transient: bool = True) -> None:
         self._console = console
         self._bar = Progress(*columns, console=console, transient=transient)
         self._line_shown_seconds = time.monotonic()
+        self._draws = console.is_terminal and not console.is_dumb_terminal
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._draws:
             self._bar.start()
         return self
 
@@ -37,14 +41,14 @@ class TerminalBar:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._console.is_terminal:
+        if self._draws:
             self._bar.stop()
 
     def show_line(self, line: str, *, at_once: bool = False) -> None:
-        """Print a line where there is no terminal: every few seconds, or at once."""
+        """Print a line where no bar is drawn: every few seconds, or at once."""
         now = time.monotonic()
         due = at_once or now - self._line_shown_seconds > PLAIN_LINE_SECONDS
-        if due and not self._console.is_terminal:
+        if due and not self._draws:
             self._console.print(line, markup=False, soft_wrap=True)
             self._line_shown_seconds = now
 

@@ -98,7 +98,7 @@ class SweepProgress(TerminalBar):
         text += f"{', ' if text else ''}{pruned} stopped early" if pruned else ""
         text += f"{', ' if text else ''}{failed} failed" if failed else ""
         self._bar.update(self._task, completed=len(ended), best=text)
-        if len(ended) != self.ended and not self._console.is_terminal:
-            self._console.print(f"{self._what}: {len(ended)}/{self._wanted}  {text}")
+        if len(ended) != self.ended:
+            self.show_line(f"{self._what}: {len(ended)}/{self._wanted}  {text}", at_once=True)
         self.ended = len(ended)
         return self.ended >= self._wanted
