@@ -40,7 +40,7 @@ def measurement_table(
     table = Table(title="Measured", title_justify="left")
     table.add_column("metric", no_wrap=True)
     for name in ("value", "95% interval", "n"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for metric, measured in measurements.items():
         if "/" in metric:
             continue

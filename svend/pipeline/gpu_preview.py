@@ -53,8 +53,8 @@ def _show_one(console: Console, plan: GpuPlan, dollars: float | None) -> None:
     gpu, training = plan.gpu, plan.training
     table = Table(title=f"Plan: {plan.model.name} on {_count_gpus(plan)}", show_header=False,
                   title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     parameters = plan.model.num_parameters()
     table.add_row("parameters", f"{parameters:,} ({format_count(parameters)})")
     table.add_row("FLOPs", f"{plan.flops_per_token:.2e} per token")
@@ -135,7 +135,7 @@ def _combinations_table(plan: GpuPlan, combinations: Sequence[Combination]) -> T
     for heading in ("GPUs", "share a copy", "weights, moments", "recompute", "micro-batch",
                     "GB each", "GPU hours", "days"):
         left = heading in ("weights, moments", "recompute")
-        table.add_column(heading, justify="left" if left else "right")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for one in combinations:
         training = one.training
         seconds = plan.seconds_of(training, one.devices)
@@ -154,7 +154,7 @@ def _scales_table(plans: Sequence[GpuPlan], dollars: float | None) -> Table:
                 "tokens", "step\ns", "GPU\nhours", "days"]
     for heading in [*headings, *(["$"] if dollars is not None else [])]:
         left = heading in ("scale", "weights,\nmoments", "recompute")
-        table.add_column(heading, justify="left" if left else "right")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for plan in plans:
         training, seconds = plan.training, plan.seconds_of(plan.training, plan.gpus)
         cost = [] if dollars is None else [f"{dollars * plan.gpu_hours:,.0f}"]

@@ -116,8 +116,8 @@ def _plan_table(config: PipelineConfig, size: RunSize) -> Table:
     assert model is not None  # set by PipelineConfig.resolve
     data = training.data
     table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
     table.add_row("parameters", f"{size.parameters:,} ({format_count(size.parameters)})")
     table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
@@ -212,7 +212,7 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
     for name in ("level", "gate", "verdict"):
         table.add_column(name, no_wrap=True)
     for name in ("value", "95% interval", "n"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("must be", no_wrap=True)
     for row in rows:
         verdict = Text(_verdict_text(row), style="green" if row["passed"] else "bold red")
@@ -258,7 +258,7 @@ def hyperparameters_table(carried: Sequence[Carried]) -> Table:
     """Return what a sweep's values became at this run's size, and why, as a table."""
     table = Table(title="Hyperparameters, carried from a sweep", title_justify="left")
     for name in ("key", "found", "here", "why"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in carried:
         table.add_row(row.key, format_value(row.found), format_value(row.here), row.why)
     return table

@@ -13,7 +13,7 @@ def backtest_table(backtest: pd.DataFrame) -> Table:
     table = Table(title="Each size predicted from the others", title_justify="left")
     for heading in ("parameters", "tokens", "measured", "predicted", "95% interval", "error",
                     "error from below"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     rows = backtest.to_dict("records")
     below = {(row["parameters"], row["tokens"], row["measured"]): row["error"]
              for row in rows if row["fitted_on"] == "below"}

@@ -122,7 +122,7 @@ def show_plan(console: Console, ladder: Ladder, name: str, plans: Sequence[RungP
     for heading, right in (("rung", False), ("model", False), ("parameters", True),
                            ("tokens", True), ("memory", True), ("time", True),
                            ("device hours", True), ("predicted loss", False)):
-        table.add_column(heading, justify="right" if right else "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     total = 0.0
     for plan in plans:
         total, found = total + (plan.seconds or 0.0), plan.predicted
@@ -151,7 +151,7 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
     for heading, right in (("rung", False), ("model", False), ("state", False), ("loss", True),
                            ("predicted", True), ("error", True), ("trend", False),
                            ("version", False), ("time", True)):
-        table.add_column(heading, justify="right" if right else "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for attempt in standing.attempts:
         predicted, loss = attempt.predicted, attempt.loss
         table.add_row(

@@ -55,7 +55,7 @@ def show_history(model: str) -> list[dict[str, Any]]:
     with told_by_the_store(f"history of {model}"):
         history = Moves.find(model).history()
     table = Table(title=f"Moves of {model}", title_justify="left")
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", overflow="fold")
     for name in ("time (UTC)", "by", "level", "from", "to"):
         table.add_column(name, no_wrap=name != "by", overflow="fold")
     for name in ("what", "verdict; reason"):

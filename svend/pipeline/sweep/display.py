@@ -26,8 +26,8 @@ def show_plan(console: Console, sweep: Sweep, place: Place) -> None:
     model, training = config.model, config.training
     assert model is not None  # set by PipelineConfig.resolve
     table = Table(title=f"Sweep: {place.study}", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     default = sweep.default_values()
     for dimension in sweep.space:
         table.add_row(dimension.key, f"{dimension.describe()} (now {default[dimension.key]})")
