@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from svend.command import Call, Command, Takes
 from svend.completion_command import declare_keys
 from svend.errors import ConfigError
 from svend.pipeline import progress
-from svend.pipeline.config import load_config
+from svend.pipeline.config import group_members, load_config
 from svend.pipeline.ladder.options import load_ladder
 from svend.pipeline.progress import CountProgress
 from svend.pipeline.sweep.options import load_sweep
@@ -53,8 +54,11 @@ EXAMPLES = [
 ]
 
 
+known_parser = functools.cache(make_parser)
+
+
 def parser_of(name: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = make_parser()
+    parser: argparse.ArgumentParser = known_parser()
     for word in name.split():
         [below] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         parser = below.choices[word]
@@ -92,26 +96,36 @@ def test_an_example_is_a_command_line_that_holds(example: str) -> None:
 
 
 def load_configuration_of(call: Call) -> None:
-    """Load what the command would; raises ConfigError for a key or value that does not fit."""
+    """Load what the command would; raises ConfigError for a key or value that does not fit.
+
+    The members of `conf/` by themselves are loaded in other tests, which takes long for some.
+    """
     command: Command = call.options.command
-    groups = {name: member for name, member in call.groups.items() if member != "all"}
+    for group in (*call.groups, *command.sections):
+        assert getattr(call.options, group) in (*group_members(group), "all")
+    if not (call.overrides or getattr(call.options, "search", None)):
+        return
     if command.name == "sweep":
-        load_sweep(call.options.sweep, {"scale": "tiny", **groups}, call.overrides,
-                   call.options.search)
+        load_sweep(call.options.sweep, {"scale": "tiny"}, call.overrides, call.options.search)
     elif command.name == "ladder":
-        load_ladder(call.options.ladder, groups, call.overrides)
+        load_ladder(call.options.ladder, {}, call.overrides)
     elif command.takes is not Takes.NOTHING:
-        load_config(groups, call.overrides)
+        load_config(call.groups, call.overrides)
 
 
 def test_the_settings_that_notes_show_are_settings() -> None:
     """What stands before the examples, indented: options to be added to a command."""
+    required = {"evaluate": ["--model", "m"], "promote": ["--model", "m"],
+                "serve": ["models:/m/1"]}
     for name, command in commands():
         shown = [line for line in command.notes.splitlines() if line.startswith("  --")]
-        for line in shown:
-            required = {"evaluate": ["--model", "m"], "promote": ["--model", "m"],
-                        "serve": ["models:/m/1"]}.get(name, [])
-            load_configuration_of(parse([*name.split(), *required, *shlex.split(line)]))
+        # Of an option that is given twice, argparse takes the last: each is tried.
+        together = [" ".join(line for line in shown if "--search" not in line),
+                    *(line for line in shown if "--search" in line)]
+        for line in filter(None, together):
+            load_configuration_of(parse(
+                [*name.split(), *required.get(name, []), *shlex.split(line)]
+            ))
 
 
 def test_the_overview_lists_every_command_with_its_line_and_ends_with_examples(
