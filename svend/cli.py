@@ -146,6 +146,14 @@ def _code_of(words: Sequence[str]) -> int:
     except Interrupted as interruption:
         print(f"error: {one_line(interruption)}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        # Not imported where nothing has talked to a store: that takes a second.
+        told = sys.modules.get("svend.tracking.store_errors")
+        line = None if told is None else told.as_user_error(error)
+        if line is None:
+            raise
+        print(f"error: {one_line(line)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,5 +1,7 @@
 """The errors a user can mend: each is one line that says what is wrong, where, and what to do."""
 
+REASON_CHARACTERS = 200
+
 
 class UserError(Exception):
     """A mistake, or a state of the machine, that the user can mend; shown without a traceback."""
@@ -23,6 +25,10 @@ class ResourceError(UserError, RuntimeError):
 
 class TrackingError(UserError, RuntimeError):
     """The tracking store cannot be reached or written."""
+
+
+class PermissionRefused(TrackingError):
+    """The tracking server knows who asks, and does not let them do that."""
 
 
 class GateFailure(UserError, RuntimeError):
@@ -54,6 +60,12 @@ def one_line(message: object) -> str:
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in " ".join(str(message).split())
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in a line: the system's word, else the message's first line."""
+    said = str(getattr(error, "strerror", None) or error).strip()
+    return one_line(said.partition("\n")[0])[:REASON_CHARACTERS] or type(error).__name__
 
 
 class Interrupted(BaseException):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,6 +14,7 @@ import torch
 
 from svend.ranks import find_place
 from svend.training.parallel import Ranks, join_ranks, leave_ranks
+from tests.servers import free_port
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,14 +84,6 @@ def _of_slurm(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 STARTERS = {"torchrun": _of_torchrun, "slurm": _of_slurm}
-
-
-def free_port() -> int:
-    """Return a port of this machine that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _take_part(

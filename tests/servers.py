@@ -32,10 +32,10 @@ def tracking_server(database: str, folder: Path, port: int | None = None) -> Ite
             env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True,
         )
     try:
-        _wait_for_health(f"http://127.0.0.1:{port}/health", server, folder / "server.log")
+        wait_for_health(f"http://127.0.0.1:{port}/health", server, folder / "server.log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        _stop(server, signal.SIGTERM)
+        stop(server, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -45,7 +45,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_health(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_health(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when a server says that it is well; `log` is shown where it does not come to that."""
     for _ in range(5 * START_SECONDS):
         assert server.poll() is None, log.read_text(encoding="utf-8")[-2000:]
         try:
@@ -56,7 +57,7 @@ def _wait_for_health(address: str, server: subprocess.Popen[bytes], log: Path) -
     raise AssertionError(log.read_text(encoding="utf-8")[-2000:])
 
 
-def _stop(server: subprocess.Popen[bytes], how: signal.Signals) -> None:
+def stop(server: subprocess.Popen[bytes], how: signal.Signals) -> None:
     """End a server with all of its processes."""
     if server.poll() is None:
         os.killpg(server.pid, how)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svend.data.documents import Message, Role
+from svend.data.records import HubError
 from svend.errors import DataError
 from svend.evaluation import reading
 from svend.evaluation.benchmark import Benchmark, Problem, ProblemSource
@@ -132,8 +133,7 @@ def test_a_missing_copy_is_refused_under_the_name_that_it_is_asked_for(
 
 
 @pytest.mark.parametrize(("error", "message"), [
-    (DataError("x: the hub cannot be read (no; yes); give a local copy with data.path=FILE"),
-     r"x: the hub cannot be read \(no; yes\)"),
+    (HubError("x", OSError("no; yes")), r"x: the hub cannot be read \(no; yes\)"),
     (DataError("x: the hub names no commit for 'main'"), r"x: the hub names no commit for 'main'"),
     (OSError("down\nand out"), r"somebody/own: the hub cannot be read \(down\)"),
     (TimeoutError(), r"somebody/own: the hub cannot be read \(TimeoutError\)"),

@@ -149,6 +149,53 @@ def test_toolace_calls_are_read_and_the_rest_is_an_answer(
     ]
 
 
+CALL = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize("record", [
+    {"tools": [{"name": "f"}], "messages": [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": part} for part in ("Do", ".")]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Two."}]},
+    {"tools": [{"name": "f"}], "system": "Be brief.", "messages": [
+        {"role": "user", "content": "Do."},
+        {"role": "assistant", "content": "", "function_call": CALL},
+        {"role": "function", "name": "f", "content": "2"},
+        {"role": "assistant", "content": "Two."}]},
+    {"id": "a", "tools": '[{"name": "f"}]', "conversations": [
+        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "Do."},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "2"}, {"from": "gpt", "value": "Two."}]},
+], ids=["tool_calls", "function_call", "sharegpt"])
+def test_a_chat_is_the_same_in_whichever_form_it_is_written(record: dict[str, Any]) -> None:
+    assert spoken(chat_document(record)) == [
+        (Role.TOOLS, [{"name": "f"}]), (Role.SYSTEM, "Be brief."), (Role.USER, "Do."),
+        (Role.TOOL_CALL, CALL), (Role.TOOL, "2"), (Role.ASSISTANT, "Two."),
+    ]
+
+
+@pytest.mark.parametrize(("record", "says"), [
+    ({"prompt": "a"}, "a chat has messages, .* found prompt"),
+    ({"messages": None}, "found messages"),
+    ({"messages": ["a"]}, "message 1 has no role: found str"),
+    ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]},
+     "message 2 has no role: found content"),
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "unknown speaker 'narrator'; known"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "a part of a message is 'image_url'; only text"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "x: 1"}}]}]}, "arguments is not JSON"),
+    ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "function_call is not JSON"),
+    ({"conversations": [{"from": "function_call"}]}, "function_call is NoneType, not JSON"),
+])
+def test_a_record_that_is_no_chat_says_why(record: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        chat_document(record)
+
+
 def test_a_prompt_has_a_completion() -> None:
     document = prompt_document({"prompt": "a", "completion": "b", "licence": "MIT"})
     assert spoken(document) == [(Role.USER, "a"), (Role.ASSISTANT, "b")]

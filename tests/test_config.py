@@ -480,7 +480,7 @@ def test_a_bad_override_is_refused_in_one_line_that_names_it(
     ({"scale": "gigantic"}, "scale 'gigantic': choose one of tiny, small, medium, large, xl"),
     ({"scale": ""}, "scale ''"),
     ({"scale": "../scale/tiny"}, "scale '../scale/tiny'"),
-    ({"data": "nowhere"}, "data 'nowhere': choose one of embedded, gsm8k, guide"),
+    ({"data": "nowhere"}, "data 'nowhere': choose one of chat, embedded, gsm8k, guide"),
     ({"gates": "none"}, "gates 'none': choose one of guide"),
     ({"preset": "desktop"}, "preset 'desktop': choose one of full, gate, laptop"),
     ({"optimizer": "adam"}, "optimizer"),

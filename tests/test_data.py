@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +26,7 @@ from svend.data.token_array import KINDS, TokenArray
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
 from svend.data.tool_dialogues import tool_use_documents
 from svend.errors import ConfigError, DataError, UserError
-from svend.pipeline.config import DataConfig
+from svend.pipeline.config import BrokenRows, DataConfig
 from tests.prepared import data_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -504,6 +505,64 @@ def test_a_folder_without_the_sources_file_is_refused_with_what_is_expected(
     (tmp_path / "d").mkdir()
     message = refusal(local_data(tmp_path / "cache", tmp_path / "d"))
     assert str(tmp_path / "d") in message and "train.jsonl" in message
+
+
+def test_files_of_other_names_in_a_folder_are_told_with_what_is_expected(tmp_path: Path) -> None:
+    write_lines(tmp_path / "d" / "monday.jsonl", questions(30))
+    message = refusal(local_data(tmp_path / "cache", tmp_path / "d"))
+    assert "found monday.jsonl" in message and "train-00000.jsonl" in message
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "valid", "val", "dev"])
+def test_a_held_out_part_beside_the_train_part_is_found_by_its_usual_names(
+    tmp_path: Path, name: str
+) -> None:
+    write_lines(tmp_path / "d" / "train.jsonl", questions(20))
+    write_lines(tmp_path / "d" / f"{name}.jsonl", questions(4, first=100))
+    corpus = build_corpus(local_data(tmp_path / "cache", tmp_path / "d"), 400, 0, silent)
+    assert (len(corpus.train), len(corpus.heldout)) == (20, 4)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"broken_rows": BrokenRows.DROP, "source": "openmath"}, "20 broken rows dropped"),
+    ({"same": True}, "20 documents .* are too few .*19 duplicates"),
+    ({"heldout_path": "a.jsonl"}, "20 held out, 20 left out for they repeat what is held out"),
+    ({"heldout_fraction": 1e-9}, "the heldout part is empty: 20 documents"),
+])
+def test_a_part_that_is_empty_says_what_became_of_the_documents(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    records, changes = questions(20), {**changes}
+    if changes.pop("same", False):
+        records, changes["heldout_fraction"] = records[:1] * 20, 1e-9
+    path = write_lines(tmp_path / "a.jsonl", records)
+    if "heldout_path" in changes:
+        changes["heldout_path"] = str(path)
+    message = refusal(local_data(tmp_path / "cache", path, **changes))
+    assert re.search(says, message), message
+    assert "data.heldout_fraction" in message
+
+
+@pytest.mark.parametrize("content", [
+    "\ufeff{lines}", "\ufeff[{records}]", "\n\n{lines}\n\n", "{windows}",
+])
+def test_what_editors_of_windows_leave_in_a_file_does_not_matter(
+    tmp_path: Path, content: str
+) -> None:
+    rows = [json.dumps(record) for record in questions(20)]
+    text = content.replace("{lines}", "\n".join(rows)).replace("{records}", ",\n".join(rows))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.replace("{windows}", "\r\n".join(rows)).encode())
+    corpus = build_corpus(local_data(tmp_path / "cache", path), 400, 0, silent)
+    assert len(corpus.train) + len(corpus.heldout) == 20
+    assert not any("\ufeff" in text for text in texts_of(corpus, corpus.train))
+
+
+def test_a_file_of_an_unknown_kind_is_refused_whatever_is_in_the_cache(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", questions(20))
+    build_corpus(local_data(tmp_path / "cache", path), 400, 0, silent)
+    renamed = path.rename(tmp_path / "a.md")
+    assert "unknown kind of file" in refusal(local_data(tmp_path / "cache", renamed))
 
 
 def test_one_file_for_two_sources_is_refused(tmp_path: Path) -> None:

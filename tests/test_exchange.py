@@ -179,7 +179,8 @@ def test_an_import_is_a_checkpoint_that_trains_on(trained: Path, tmp_path: Path)
     settings = dict(start.settings(str(trained / "cache")))
     overrides = {**DEBUG_OVERRIDES, "training.compile": "off",
                  "training.max_steps": "8", "training.save_steps": "8",
-                 "training.learning_rate": "1e-3", "strict_validation": "false",
+                 "training.precision": "fp32", "training.learning_rate": "1e-3",
+                 "strict_validation": "false",
                  "checkpoint_dir": str(tmp_path / "checkpoints"),
                  "data.cache_dir": str(data_cache())}
     config = load_config({}, list({**overrides, **settings}.items()))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svend.device import can_compile, multiplies_in_bf16
+from svend.device import multiplies_in_bf16
 from svend.errors import ConfigError, DataError
 from svend.models.config import TransformerConfig
 from svend.models.generation import Completion, Decoder, PlainTurn, Request, Sampling
@@ -217,30 +217,6 @@ def test_a_decoder_keeps_the_weights_that_it_was_made_with(changes: dict[str, ob
         for parameter in model.parameters():
             parameter.mul_(-2)
     assert torch.equal(decoder.score([1, 2, 3]), before_TV)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="torch.compile finds no compiler")
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_compiled_step_gives_the_eager_ones_tokens(int8: bool) -> None:
-    def requests() -> list[Request]:
-        # Of several lengths, so that the number of rows varies, and one longer than a block.
-        prompts = [[1], [2, 3], list(range(60)), list(range(90)) * 2]
-        return [Request(p, PlainTurn(5 + 3 * n), n) for n, p in enumerate(prompts * 2)]
-
-    eager, compiled = (
-        make_decoder(lanes=3, max_length=220, precision=Precision.BF16, int8=int8, invariant=True,
-                     compiled=compiled, sampling=Sampling(0.8, top_p=0.9))
-        for compiled in (False, True)
-    )
-    torch._dynamo.utils.counters.clear()
-    assert [c.tokens for c in decode(compiled, requests())] == [
-        c.tokens for c in decode(eager, requests())
-    ]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    # Of the step as a whole: nothing in it was left to Python.
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_finished_rows_make_room_for_waiting_ones_at_once() -> None:

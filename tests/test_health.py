@@ -28,6 +28,7 @@ from svend.training.health import HealthProbe, LayerWeights
 from svend.training.loop import StepMetrics, train_steps
 from svend.training.optimizers import build_optimizer, take_step
 from svend.training.state import TrainState
+from tests.large_weights import large_weights
 from tests.registry import store
 from tests.test_divergence import (
     DeviceReads,
@@ -50,20 +51,10 @@ BASES = [None, BaseShape(width=16, depth=1, head_size=16)]
 def make_model(
     heads: tuple[int, int] = HEADS[1], base: BaseShape | None = None, seed: int = 0
 ) -> ReasoningTransformer:
-    """Three layers, whose weights, gains too, are large enough that every part matters."""
-    model = ReasoningTransformer(TransformerConfig(
+    return large_weights(TransformerConfig(
         name="test", hidden_size=32, num_hidden_layers=3, num_attention_heads=heads[0],
         num_key_value_heads=heads[1], intermediate_size=48, vocab_size=VOCAB, base=base,
-    ))
-    model.initialize(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-            else:
-                parameter.mul_(8.0)
-    return model
+    ), seed)
 
 
 @st.composite

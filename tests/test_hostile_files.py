@@ -461,6 +461,11 @@ def test_a_cache_of_objects_is_not_unpickled(tmp_path: Path, marker: Path) -> No
         _leaks(str(tmp_path / "objects.npy"))
 
 
+def test_hashes_of_evaluation_sets_that_vanish_are_not_taken_for_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone.npy: damaged \(No such file or directory\)"):
+        _leaks(str(tmp_path / "gone.npy"))
+
+
 def test_a_pickle_in_place_of_an_index_is_not_unpickled(tmp_path: Path, marker: Path) -> None:
     part = write_part(tmp_path / "part")
     pickled(part / "00000.npz", marker)
@@ -637,6 +642,27 @@ def test_a_registered_config_makes_no_objects(
     for command, arguments in commands_on(model).items():
         line = refusal_of(arguments, registry, capsys)
         assert "config.yaml: could not determine a constructor" in line, command
+
+
+def test_a_factory_that_a_registered_config_names_is_run_only_where_it_is_given_by_hand(
+    registry: Path, tmp_path: Path, marker: Path, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = model_of(request)
+    code = own_code(tmp_path, marker)["to_document"]
+    config = load_config({}, [*DEBUG_OVERRIDES.items(), ("model_factory", code)])
+    register(registry, model, {"config.yaml": to_yaml(config).encode()})
+    commands = commands_on(model)
+    del commands["train"], commands["promote"]  # takes the weights alone; begins a run of its own
+    # Leave to read data by one's own code is none to make a model by it.
+    commands["of other code"] = [*commands["evaluate"], "--data.own_sources", "[]"]
+    for command, arguments in commands.items():
+        line = refusal_of(arguments, registry, capsys)
+        assert "is not run unasked; if you trust it, give --model_factory" in line, command
+    assert not marker.exists()
+    with pytest.raises(ConfigError, match=r"cannot be loaded"):  # has no such function: it was run
+        load_version(f"models:/{model}/1", [("model_factory", code)])
+    marker.rmdir()
 
 
 def test_code_that_a_registered_config_names_is_run_only_where_it_is_given_by_hand(

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import Workplace
-from tests.processes import free_port
+from tests.servers import free_port
 from tests.test_run import only_run
 
 PATIENCE_SECONDS = 300

@@ -48,6 +48,7 @@ from svend.training.optimizers import build_optimizer
 from svend.training.schedules import learning_rate_factor
 from svend.training.state import TrainState, build_state
 from tests.conftest import DEBUG_OVERRIDES
+from tests.large_weights import large_weights
 from tests.test_training import BatchStream, make_sequences, make_training
 
 CPU = torch.device("cpu")
@@ -69,20 +70,6 @@ def make_config(
         intermediate_size=ffn or 3 * width, vocab_size=VOCAB, max_position_embeddings=64,
         base=base,
     )
-
-
-def large_weights(config: TransformerConfig, seed: int = 0) -> ReasoningTransformer:
-    """A model in which every part matters, gains too."""
-    model = ReasoningTransformer(config)
-    model.initialize(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-            else:
-                parameter.mul_(10.0)
-    return model.eval()
 
 
 # A model that differs from the base in every size: twice as wide, four times as deep, heads of 32,

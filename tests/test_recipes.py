@@ -16,13 +16,13 @@ from svend.bench.recipes import (
     Result,
     Setting,
     differences,
+    known_results,
     noise,
     plot_recipes,
-    read_results,
     recipe_table,
-    write_results,
 )
 from svend.bench.recipes_command import NAMES
+from svend.bench.results import write_results
 from svend.cli import main
 from svend.data.corpus import build_corpus
 from svend.errors import UserError
@@ -83,14 +83,14 @@ def test_the_table_and_the_picture_show_every_recipe(tmp_path: Path) -> None:
 
 def test_results_come_back_from_their_file_and_no_other_settings(tmp_path: Path) -> None:
     file = tmp_path / "recipes.json"
-    assert read_results(file, SETTING) == {}
+    assert known_results(file, SETTING) == {}
     write_results(file, SETTING, RESULTS)
-    assert list(read_results(file, SETTING).values()) == RESULTS
+    assert list(known_results(file, SETTING).values()) == RESULTS
     with pytest.raises(UserError, match="steps = 100, now 7"):
-        read_results(file, replace(SETTING, steps=7))
+        known_results(file, replace(SETTING, steps=7))
     file.write_text(json.dumps({"runs": []}))
     with pytest.raises(UserError, match="not results of bench recipes"):
-        read_results(file, SETTING)
+        known_results(file, SETTING)
 
 
 def test_recipes_are_trained_and_what_is_known_is_not_trained_again(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,14 +30,12 @@ from svend.data.hygiene import (
 from svend.data.records import CHUNK_BYTES, read_chunks
 from svend.errors import DataError
 from svend.pipeline.config import BrokenRows, DataConfig, Duplicates
-from svend.pipeline.schema import build
 from tests.test_data import (
     local_data,
     questions,
     questions_of,
     refusal,
     silent,
-    texts_of,
     write_lines,
 )
 
@@ -389,37 +386,3 @@ def test_an_unknown_evaluation_row_is_no_traceback(tmp_path: Path) -> None:
         build_corpus(
             local_data(tmp_path / "cache", path, evaluation_sets=[str(broken)]), 400, 0, silent
         )
-
-
-def blocks_of(page: str) -> list[str]:
-    """The indented blocks of a page."""
-    lines, blocks = page.splitlines(), [""]
-    for line in lines:
-        if line.startswith("    "):
-            blocks[-1] += line[4:] + "\n"
-        elif line.strip():
-            blocks.append("")
-        elif blocks[-1]:
-            blocks[-1] += "\n"
-    return [block for block in blocks if block]
-
-
-def test_the_own_data_set_of_the_documents_trains_as_written(tmp_path: Path) -> None:
-    blocks = blocks_of((ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
-    [code] = [block for block in blocks if "def to_document" in block]
-    [recipe] = [block for block in blocks if "own_sources" in block]
-    (tmp_path / "seal.py").write_text(code)
-    records = [
-        {"query": f"Book table {i}.", "calling": [{"api": "book", "parameters": {"table": i}}]}
-        for i in range(60)
-    ]
-    path = write_lines(tmp_path / "dev.jsonl", records)
-    recipe = recipe.replace("/data/seal_tools/dev.jsonl", str(path))
-    tree = yaml.safe_load(recipe.replace("seal.py:", f"{tmp_path / 'seal.py'}:"))
-    data = build(DataConfig, tree["training"]["data"])
-    data.max_seq_length, data.num_samples, data.heldout_fraction = 64, 1, 0.3
-    data.cache_dir = str(tmp_path / "cache")
-    corpus = build_corpus(data, 400, 0, silent)
-    assert "<|tool_call|>{\"name\": \"book\", \"arguments\": {\"table\": " in (
-        texts_of(corpus, corpus.train)[0]
-    )

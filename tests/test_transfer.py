@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from svend.bench.results import write_results
 from svend.bench.transfer import (
     Case,
     Result,
     Setting,
+    known_results,
     learning_rates,
     plan_cases,
-    read_results,
-    write_results,
 )
 from svend.bench.transfer_report import (
     best_rate,
@@ -122,14 +122,14 @@ SETTING = Setting("adamw", 32, 1, 300, 2, 16, 3, "hash")
 
 def test_results_are_read_back_and_those_of_another_setting_refused(tmp_path: Path) -> None:
     results, file = results_of({("standard", 64, 2): -7.0}), tmp_path / "results.json"
-    assert read_results(file, SETTING) == {}
+    assert known_results(file, SETTING) == {}
     write_results(file, SETTING, results)
-    assert list(read_results(file, SETTING).values()) == results
+    assert list(known_results(file, SETTING).values()) == results
     with pytest.raises(UserError, match="holds results with steps = 3, now 9"):
-        read_results(file, dataclasses.replace(SETTING, steps=9))
+        known_results(file, dataclasses.replace(SETTING, steps=9))
     file.write_text('{"runs": []}')
     with pytest.raises(UserError, match="not results of bench transfer"):
-        read_results(file, SETTING)
+        known_results(file, SETTING)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from svend.models.config import TransformerConfig
 from svend.models.loss import summed_linear_cross_entropy
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import CheckpointingPolicy
+from tests.large_weights import large_weights
 
 VOCAB = 61
 
@@ -44,17 +45,7 @@ def make_config(
 
 
 def make_model(config: TransformerConfig | None = None, seed: int = 0) -> ReasoningTransformer:
-    """A model whose weights, gains too, are large enough that every part matters."""
-    model = ReasoningTransformer(config or make_config())
-    model.initialize(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-            else:
-                parameter.mul_(8.0)
-    return model
+    return large_weights(config or make_config(), seed)
 
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:

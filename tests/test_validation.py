@@ -229,12 +229,6 @@ def test_rows_carry_the_bounds_that_decide() -> None:
     assert (row["low_95"], row["high_95"]) == measured.interval
 
 
-def test_quick_keeps_the_evidence_that_it_is_given() -> None:
-    evidence = Evidence(5, "abc", "def", "run")
-    verdict = PipelineValidator().validate_quick(nn.Linear(2, 2), 1.0, 5, evidence)
-    assert verdict.evidence == evidence
-
-
 def test_rows_carry_the_measurement_the_gate_and_the_evidence() -> None:
     validator = PipelineValidator(custom_gates=[_gate(required=False)])
     evidence = Evidence(step=80, checkpoint_sha256="c0ffee", data_fingerprint="da7a", run_id="r1")

@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.parametrisation import Rule, scaling_rules, without
 from svend.models.transformer import Attention, Block, FeedForward, ReasoningTransformer
@@ -205,23 +206,17 @@ def coordinate_table(points: Sequence[Point], slopes: Sequence[Slope]) -> Table:
 
 def plot_coordinates(points: Sequence[Point], path: Path) -> None:
     """Draw the sizes of the activations against width and against depth."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
-    for axis, varied in zip(axes, ("width", "depth"), strict=True):
+    figure, axes = begin_figure((8, 3.4), columns=2, sharey=True)
+    for axis, varied in zip(axes[0], ("width", "depth"), strict=True):
         family = [point for point in points if point.varied == varied]
         for name in points[0].scales:
             axis.plot([p.size for p in family], [p.scales[name] for p in family], "o-", label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xlabel(varied)
-    axes[0].set_ylabel("mean |x|")
-    axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    axes[0][0].set_ylabel("mean |x|")
+    axes[0][1].legend(fontsize=8)
+    write_figure(figure, path)
 
 
 def to_json(check: Check, points: Sequence[Point], slopes: Sequence[Slope]) -> str:

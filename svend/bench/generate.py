@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.models.config import TransformerConfig
 from svend.models.generation import Decoder, PlainTurn, Request
 from svend.models.huggingface import export_to_huggingface
@@ -22,6 +23,7 @@ from svend.models.quantization import measure_quantization_loss
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelScale, Precision, get_model_config
 from svend.pipeline.version_evaluation import heldout_texts, load_version
+from svend.pipeline.version_files import answering_model
 
 Report = Callable[[str], None]
 OURS, OURS_INT8 = "svend bf16", "svend int8"
@@ -77,7 +79,8 @@ def load_model(
     """Return a version's model with held-out texts, or a scale's with random weights and none."""
     if model_uri is not None:
         loaded = load_version(model_uri)
-        return loaded.model, heldout_texts(loaded, HELDOUT_TEXTS, report)
+        model = answering_model(loaded.model, "bench generate")
+        return model, heldout_texts(loaded, HELDOUT_TEXTS, report)
     torch.manual_seed(0)
     config = TransformerConfig.from_model_config(get_model_config(scale))
     return ReasoningTransformer(config).eval(), []
@@ -217,15 +220,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
 
     A bar is the median over rounds; the line across its end goes from the slowest to the fastest.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(comparisons), figsize=(3.2 * len(comparisons), 3.4), squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = begin_figure((3.2 * len(comparisons), 3.4), columns=len(comparisons))
     for axis, comparison in zip(axes[0], comparisons, strict=True):
         for place, timing in enumerate(comparison.timings):
             ours = timing.contestant in (OURS, OURS_INT8)
@@ -238,8 +233,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
         axis.set_xticks(range(len(names)), names, rotation=45)
         axis.set_title(comparison.workload, fontsize=10)
     axes[0][0].set_ylabel("useful tokens per second")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_figure(figure, path, dpi=150)
 
 
 def to_json(comparisons: Sequence[Comparison]) -> str:

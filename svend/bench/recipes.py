@@ -11,12 +11,11 @@ they would take many times as long, and what is measured is how states are kept.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from svend.bench.figures import begin_figure, write_figure
+from svend.bench.results import read_results, write_results
 from svend.data.corpus import Corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import keep_freed_memory
-from svend.errors import UserError
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.shards import local
@@ -135,7 +135,7 @@ def run_experiment(
 
     Raises UserError if the file is of another setting.
     """
-    known = {} if results_file is None else read_results(results_file, setting)
+    known = {} if results_file is None else known_results(results_file, setting)
     keep_freed_memory()
     cases = [(recipe, seed) for seed in range(seeds) for recipe in recipes]
     # First what all others are held against.
@@ -204,30 +204,10 @@ def moment_bytes(state: TrainState) -> int:
     )
 
 
-def read_results(file: Path, setting: Setting) -> dict[tuple[str, int], Result]:
+def known_results(file: Path, setting: Setting) -> dict[tuple[str, int], Result]:
     """Return the results in a file by recipe and seed; none where there is no file."""
-    if not file.exists():
-        return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        was, results = told["setting"], [Result(**run) for run in told["runs"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not results of bench recipes ({error}); give another") from None
-    for name, value in asdict(setting).items():
-        if was.get(name) != value:
-            raise UserError(
-                f"{file}: holds results with {name} = {was.get(name)}, now {value}; give another "
-                "file, or the same setting"
-            )
+    results = read_results(file, setting, "bench recipes", lambda run: Result(**run))
     return {(result.recipe, result.seed): result for result in results}
-
-
-def write_results(file: Path, setting: Setting, results: Iterable[Result]) -> None:
-    """Write the setting and all results, whole or not at all."""
-    tree = {"setting": asdict(setting), "runs": [asdict(result) for result in results]}
-    writing = file.with_name(f"{file.name}.writing")
-    writing.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    writing.replace(file)
 
 
 def differences(results: Sequence[Result]) -> dict[str, list[float]]:
@@ -282,12 +262,8 @@ def recipe_table(setting: Setting, results: Sequence[Result]) -> Table:
 
 def plot_recipes(results: Sequence[Result], path: Path) -> None:
     """Draw the difference to fp32 against bytes per parameter, the noise as a band."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = begin_figure((6, 4))
+    axis = axes[0][0]
     between_seeds = noise(results)
     if between_seeds is not None:
         axis.axhspan(-between_seeds, between_seeds, alpha=0.2, label="two seeds of fp32")
@@ -298,5 +274,4 @@ def plot_recipes(results: Sequence[Result], path: Path) -> None:
         axis.annotate(name, (size, apart[0]), fontsize=8, textcoords="offset points", xytext=(4, 4))
     axis.set_xlabel("bytes of weights, gradients and moments per parameter")
     axis.set_ylabel("held-out loss above fp32")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    write_figure(figure, path)

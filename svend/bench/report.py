@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.bench.train import Comparison
 
 
@@ -31,15 +32,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
     """Draw tokens per second of every contestant at every shape, as bars."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(comparisons), figsize=(3.2 * len(comparisons), 3.4), squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = begin_figure((3.2 * len(comparisons), 3.4), columns=len(comparisons))
     for axis, comparison in zip(axes[0], comparisons, strict=True):
         names = [timing.contestant for timing in comparison.timings]
         medians = [timing.median for timing in comparison.timings]
@@ -49,5 +42,4 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
         axis.set_title(f"{comparison.scale} {comparison.shape}", fontsize=10)
         axis.tick_params(axis="x", rotation=45)
     axes[0][0].set_ylabel("tokens per second")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_figure(figure, path, dpi=150)

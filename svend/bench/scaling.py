@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.bench.spec import Spec
 from svend.bench.train import Worker, make_spec
 from svend.pipeline.config import ModelConfig
@@ -93,16 +94,8 @@ def scaling_table(points: Sequence[Point]) -> Table:
 
 def plot_scaling(points: Sequence[Point], path: Path) -> None:
     """Draw speed and memory against each of the varied sizes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     kinds = list(dict.fromkeys(point.varied for point in points))
-    figure, axes = plt.subplots(
-        2, len(kinds), figsize=(3.4 * len(kinds), 5), squeeze=False, sharex="col",
-        layout="constrained",
-    )
+    figure, axes = begin_figure((3.4 * len(kinds), 5), 2, len(kinds), sharex="col")
     for column, kind in enumerate(kinds):
         of_kind = [point for point in points if point.varied == kind]
         values = [point.value for point in of_kind]
@@ -115,8 +108,7 @@ def plot_scaling(points: Sequence[Point], path: Path) -> None:
         below.set_xlabel(kind)
     axes[0][0].set_ylabel("tokens per second")
     axes[1][0].set_ylabel("peak memory, GB")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_figure(figure, path, dpi=150)
 
 
 def to_json(points: Sequence[Point]) -> str:

@@ -30,6 +30,7 @@ from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import ModelScale, Precision, get_model_config
 from svend.pipeline.version_evaluation import load_version
+from svend.pipeline.version_files import answering_model
 from svend.serving.app import make_app
 from svend.serving.engine import Engine
 from svend.serving.openai_chat import Limits
@@ -62,7 +63,10 @@ def load_served(model_uri: str | None, scale: ModelScale) -> Served:
     """Return a version, or a scale's model with random weights and a small tokenizer."""
     if model_uri is not None:
         loaded = load_version(model_uri)
-        return Served(model_uri, loaded.model, loaded.tokenizer, loaded.config.training.precision)
+        return Served(
+            model_uri, answering_model(loaded.model, "bench serve"), loaded.tokenizer,
+            loaded.config.training.precision,
+        )
     torch.manual_seed(0)
     config = TransformerConfig.from_model_config(get_model_config(scale))
     return Served(f"{config.name}, random weights", ReasoningTransformer(config).eval(),

@@ -7,26 +7,26 @@ written as it comes, so that an interrupted experiment goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from svend.bench.results import read_results, write_results
 from svend.data.corpus import read_texts
 from svend.data.documents import Kind
 from svend.data.stream import BatchStream, PackedSequences
 from svend.data.token_array import TokenArray
 from svend.data.tokenizer import train_tokenizer
-from svend.errors import DataError, UserError
+from svend.errors import DataError
 from svend.evaluation.heldout import measure_heldout_loss
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
@@ -115,7 +115,7 @@ def run_experiment(
 
     Raises UserError if the file is of another setting.
     """
-    known = {} if results_file is None else read_results(results_file, setting)
+    known = {} if results_file is None else known_results(results_file, setting)
     left = [case for case in cases if case not in known]
     report(f"{len(cases)} runs, {len(cases) - len(left)} of them done before")
     started_seconds = time.monotonic()
@@ -210,28 +210,10 @@ def model_config(
     )
 
 
-def read_results(file: Path, setting: Setting) -> dict[Case, Result]:
+def known_results(file: Path, setting: Setting) -> dict[Case, Result]:
     """Return the results in a file by their case; none where there is no file."""
-    if not file.exists():
-        return {}
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        was, runs = told["setting"], told["runs"]
-        results = [Result(Case(**run["case"]), run["loss"], run["seconds"]) for run in runs]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not results of bench transfer ({error}); give another") from None
-    for name, value in asdict(setting).items():
-        if was.get(name) != value:
-            raise UserError(
-                f"{file}: holds results with {name} = {was.get(name)}, now {value}; give another "
-                "file, or the same setting"
-            )
+    results = read_results(
+        file, setting, "bench transfer",
+        lambda run: Result(Case(**run["case"]), run["loss"], run["seconds"]),
+    )
     return {result.case: result for result in results}
-
-
-def write_results(file: Path, setting: Setting, results: Iterable[Result]) -> None:
-    """Write the setting and all results, whole or not at all."""
-    tree = {"setting": asdict(setting), "runs": [asdict(result) for result in results]}
-    writing = file.with_name(f"{file.name}.writing")
-    writing.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    writing.replace(file)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from svend.bench.figures import begin_figure, write_figure
 from svend.bench.transfer import Result
 
 # The most that the best rate may move, in factors of two, as a size becomes four times as large.
@@ -174,18 +175,10 @@ def plot_transfer(curves: Sequence[Curve], path: Path) -> None:
 
     Bands are a standard deviation over seeds to either side; a dot marks the best rate.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = sorted({curve.parametrisation for curve in curves})
     base_width = min(curve.width for curve in curves)
     base_depth = min(curve.depth for curve in curves)
-    figure, axes = plt.subplots(
-        2, len(names), figsize=(4 * len(names), 6), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
-    )
+    figure, axes = begin_figure((4 * len(names), 6), 2, len(names), sharex=True, sharey=True)
     for column, name in enumerate(names):
         for row, (varied, fixed, value) in enumerate(
             (("width", "depth", base_depth), ("depth", "width", base_width))
@@ -209,5 +202,4 @@ def plot_transfer(curves: Sequence[Curve], path: Path) -> None:
         axes[1][column].set_xlabel("learning rate")
     for row in (0, 1):
         axes[row][0].set_ylabel("held-out loss")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    write_figure(figure, path)

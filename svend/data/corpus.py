@@ -24,12 +24,18 @@ from svend.data.encoding import EncodingSpec, default_processes, documents_in
 from svend.data.hygiene import word_sequences
 from svend.data.packing import Ints
 from svend.data.records import RowError, parse_row, read_chunks
-from svend.data.selection import PartPair, Selection, heldout_bound, select_documents
+from svend.data.selection import (
+    PartPair,
+    Selection,
+    explain_empty,
+    heldout_bound,
+    select_documents,
+)
 from svend.data.sources import LocatedSource, SourcePart, locate_sources, mix_of
 from svend.data.token_array import KINDS, TokenArray, Tokens
 from svend.data.tokenised import Progress, TokenisedPart, locked, tokenise
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
-from svend.errors import DataError
+from svend.errors import DataError, reason_of
 from svend.pipeline.config import BrokenRows, DataConfig, Duplicates
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -93,7 +99,7 @@ def build_corpus(
         chosen = select_documents(data, parts, progress)
     except OSError as error:
         raise DataError(
-            f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror or error}); "
+            f"data.cache_dir {cache.absolute()}: cannot be written ({reason_of(error)}); "
             "free space, or choose another"
         ) from error
     return _assemble(located, tokenizer, parts, chosen)
@@ -245,11 +251,10 @@ def _assemble(
                        (HELDOUT, [own or train for train, own in parts])):
         numbers = chosen.train if name == TRAIN else chosen.heldout
         if not sum(map(len, numbers)):
-            documents = sum(part.info.documents for part in held)
+            places = ", ".join(source.place for source in located)
             raise DataError(
-                f"the {name} part is empty: {documents} documents in "
-                f"{', '.join(source.place for source in located)} are too few; give more data, "
-                "or a held-out file with data.heldout_path"
+                f"the {name} part is empty: {explain_empty(parts, chosen, places)}; give more "
+                "data, another data.heldout_fraction, or a held-out file with data.heldout_path"
             )
         arrays[name] = _gather(name, held, numbers, kinds, marks)
     return Corpus(

@@ -40,6 +40,8 @@ SPOKEN_BY_MODEL = (Role.ASSISTANT, Role.TOOL_CALL)
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """What is said in one role."""
+
     role: Role
     content: str
 

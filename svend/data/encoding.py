@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,7 @@ from svend.data.hygiene import (
 )
 from svend.data.records import Chunk, RowError, parse_row
 from svend.data.schemas import find_schema
-from svend.errors import DataError, one_line
+from svend.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     from svend.data.tokenizer import DocumentTokenizer
@@ -206,7 +205,7 @@ def _tokenizer(path: str) -> DocumentTokenizer:
 
 @functools.lru_cache(maxsize=1)
 def _leaks(path: str | None) -> Hashes | None:
-    if path is None or not Path(path).is_file():
+    if path is None:
         return None
     try:
         hashes: Hashes = np.load(path, allow_pickle=False)
@@ -214,6 +213,6 @@ def _leaks(path: str | None) -> Hashes | None:
             raise ValueError(f"an array of {hashes.dtype}")
     except Exception as error:  # noqa: BLE001 - a damaged file fails in whatever it becomes
         raise DataError(
-            f"{path}: damaged ({one_line(error)[:100]}); remove it, and it is made again"
+            f"{path}: damaged ({reason_of(error)}); remove it, and it is made again"
         ) from None
     return hashes

@@ -6,6 +6,7 @@ read whole and may have LARGEST_ARRAY_BYTES.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from svend.errors import DataError, one_line
+from svend.errors import DataError, reason_of
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
 CHUNK_BYTES = 1 << 18
@@ -33,6 +34,14 @@ Record = dict[str, Any]
 
 class RowError(Exception):
     """A row that cannot be used; the message says why."""
+
+
+class HubError(DataError):
+    """The hub cannot be read; `fault` says so without what to do, which depends on who reads."""
+
+    def __init__(self, place: str, error: Exception) -> None:
+        self.fault = f"{place}: the hub cannot be read ({reason_of(error)})"
+        super().__init__(f"{self.fault}; give a local copy with data.path=FOLDER_OR_FILE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,10 @@ def parse_row(row: Any) -> Record:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
+        if row.strip() in (b"{", b"["):
+            raise RowError(
+                "not JSON on one line: the record goes on over several; write each on one"
+            ) from None
         raise RowError(f"not JSON ({error}); mend or remove the line") from None
     if not isinstance(parsed, dict):
         raise RowError(
@@ -82,8 +95,12 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
+
+
+def check_suffix(path: Path) -> None:
+    """Raise DataError for a file of a kind that is not read."""
+    _reader(path)
 
 
 def find_split(folder: Path, *names: str) -> list[Path]:
@@ -108,7 +125,7 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def hub_commit(repository: str, revision: str) -> str:
@@ -118,7 +135,7 @@ def hub_commit(repository: str, revision: str) -> str:
     try:
         commit = HfApi().dataset_info(repository, revision=revision).sha
     except Exception as error:
-        raise _unreachable(repository, error) from error
+        raise HubError(repository, error) from error
     if commit is None:
         raise DataError(f"{repository}: the hub names no commit for revision '{revision}'")
     return commit
@@ -136,15 +153,7 @@ def stream_hub(
         numbered = enumerate(itertools.islice(rows, count), start=1)
         yield from _in_chunks(place, ((number, dict(row)) for number, row in numbered))
     except Exception as error:
-        raise _unreachable(place, error) from error
-
-
-def _unreachable(place: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return DataError(
-        f"{place}: the hub cannot be read ({reason}); "
-        "give a local copy with data.path=FOLDER_OR_FILE"
-    )
+        raise HubError(place, error) from error
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Chunk]]:
@@ -163,7 +172,7 @@ def _json_lines(path: Path) -> Iterator[Chunk]:
     number = 1
     with _opened(path) as stream:
         while block := stream.read(CHUNK_BYTES + 1):
-            if number == 1 and block.lstrip().startswith(b"["):
+            if number == 1 and block.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 yield from _json_array(path, block + stream.read(LARGEST_ARRAY_BYTES))
                 return
             if not block.endswith(b"\n"):
@@ -213,9 +222,7 @@ def _parquet_rows(path: Path) -> Iterator[Chunk]:
                 yield Chunk(str(path), range(number, number + len(rows)), rows, "row")
                 number += len(rows)
     except Exception as error:  # noqa: BLE001 - damaged values fail in whatever they become
-        raise DataError(
-            f"{path}: cannot be read ({one_line(error)[:200] or type(error).__name__})"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[Chunk]:
@@ -255,7 +262,7 @@ def _paragraphs(path: Path) -> Iterator[Chunk]:
         with path.open("rb") as stream:
             for line_number, line in enumerate(stream, start=1):
                 try:
-                    text = line.decode()
+                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(
                         f"{path}:{line_number}: not UTF-8 at byte {error.start} of the line; save "

@@ -7,20 +7,21 @@ mean that the record is not in the schema; the message is shown with the record'
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from svend.data.documents import Document, Message, Role, conversation, dump_json
 from svend.data.records import Record
-from svend.errors import ConfigError
+from svend.own_code import load_function
 
 ToDocument = Callable[[Record], Document]
-SPEAKERS = {"system": Role.SYSTEM, "human": Role.USER, "user": Role.USER, "gpt": Role.ASSISTANT,
-            "assistant": Role.ASSISTANT, "tool": Role.TOOL}
+# As chat APIs call them, and as ShareGPT's files do.
+SPEAKERS = {
+    "system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "human": Role.USER,
+    "assistant": Role.ASSISTANT, "gpt": Role.ASSISTANT, "tool": Role.TOOL, "function": Role.TOOL,
+    "observation": Role.TOOL,
+}
 
 
 def gsm8k_document(record: Record) -> Document:
@@ -35,13 +36,6 @@ def openmath_document(record: Record) -> Document:
         raise ValueError("generated_solution and expected_answer must be text")
     answer = f"{solution}\n#### {expected}"
     return conversation((Role.USER, record["problem"]), (Role.ASSISTANT, answer))
-
-
-def slimorca_document(record: Record) -> Document:
-    """Open-Orca/SlimOrca: conversations, a list of from (system, human, gpt) and value."""
-    return Document(tuple(
-        Message(_speaker(turn["from"]), turn["value"]) for turn in record["conversations"]
-    ))
 
 
 def xlam_document(record: Record) -> Document:
@@ -68,18 +62,71 @@ def toolace_document(record: Record) -> Document:
 
 
 def chat_document(record: Record) -> Document:
-    """Messages as chat APIs have them: role, content, tool_calls; tools beside them."""
+    """A chat: `messages` of role and content, or `conversations` of from and value.
+
+    The first is what chat APIs have, with `tool_calls` in a message, the second ShareGPT's form,
+    with a call as JSON from `function_call`. Beside them may stand `tools` and `system`.
+    """
+    turns = record["messages"] if "messages" in record else record.get("conversations")
+    if not isinstance(turns, list):
+        raise ValueError(
+            "a chat has messages, a list of role and content, or conversations, of from and value; "
+            f"found {', '.join(map(str, record))}"
+        )
     messages = []
     if record.get("tools"):
-        messages.append(Message(Role.TOOLS, dump_json(record["tools"])))
-    for message in record["messages"]:
-        if message.get("content") or not message.get("tool_calls"):
-            messages.append(Message(_speaker(message["role"]), message["content"]))
-        for call in message.get("tool_calls") or ():
-            function, arguments = call["function"], call["function"]["arguments"]
-            decoded = json.loads(arguments) if isinstance(arguments, str) else arguments
-            messages.append(_call(function["name"], decoded))
+        tools = record["tools"]
+        messages.append(Message(Role.TOOLS, dump_json(
+            _from_json(tools, "tools") if isinstance(tools, str) else tools
+        )))
+    if record.get("system"):
+        messages.append(Message(Role.SYSTEM, record["system"]))
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not turn.keys() & {"role", "from"}:
+            found = ", ".join(turn) if isinstance(turn, dict) else type(turn).__name__
+            raise ValueError(f"message {number} has no role: found {found}")
+        messages += _chat_turn(turn)
     return Document(tuple(messages))
+
+
+def _chat_turn(turn: dict[str, Any]) -> list[Message]:
+    """Return what one turn of a chat says, and calls."""
+    speaker = turn["role"] if "role" in turn else turn["from"]
+    content: Any = turn.get("content") if "content" in turn else turn.get("value")
+    if speaker == "function_call":
+        return [_chat_call(_from_json(content, "function_call"))]
+    role = _speaker(speaker)
+    calls = turn.get("tool_calls") or ()
+    if turn.get("function_call"):  # as the APIs had it when there was one call a message
+        calls = [turn["function_call"]]
+    if isinstance(content, list):
+        content = "".join(map(_text_of_part, content))
+    spoken = [Message(role, content)] if content or not calls else []
+    return spoken + [_chat_call(call.get("function") or call) for call in calls]
+
+
+def _text_of_part(part: Any) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise ValueError(f"a part of a message is '{kind}'; only text can be read")
+    text: str = part["text"]
+    return text
+
+
+def _chat_call(function: dict[str, Any]) -> Message:
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments, "arguments")
+    return _call(function["name"], arguments)
+
+
+def _from_json(text: Any, name: str) -> Any:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {type(text).__name__}, not JSON as text")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
 
 
 def prompt_document(record: Record) -> Document:
@@ -92,25 +139,18 @@ def text_document(record: Record) -> Document:
     return conversation((Role.TEXT, record["text"]))
 
 
+# Those above, by the names that a configuration gives them.
+BUILT_IN = frozenset(
+    f"{__name__}:{function.__name__}" for function in (
+        gsm8k_document, openmath_document, xlam_document, toolace_document, chat_document,
+        prompt_document, text_document,
+    )
+)
+
+
 def find_schema(reference: str) -> ToDocument:
     """Return the function that `module:function` or `file.py:function` names."""
-    place, _, name = reference.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser().resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)  # its dataclasses look themselves up there
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        found: ToDocument = getattr(module, name)
-    except Exception as error:
-        raise ConfigError(
-            f"training.data.own_sources: to_document = '{reference}' cannot be loaded "
-            f"({type(error).__name__}: {error}); give file.py:function or module:function"
-        ) from error
+    found: ToDocument = load_function(reference, "training.data.own_sources: to_document")
     return found
 
 

@@ -49,6 +49,21 @@ def select_documents(
     return Selection(unique, held, leaked, duplicates)
 
 
+def explain_empty(parts: list[PartPair], chosen: Selection, places: str) -> str:
+    """Return what became of the documents, for a user whose run has none to train on or hold out.
+    """
+    trains = [train.info for train, _ in parts]
+    became = {
+        "held out": sum(map(len, chosen.heldout)),
+        "left out for they repeat what is held out": sum(chosen.leaked),
+        "duplicates": sum(chosen.duplicates),
+        "broken rows dropped": sum(info.dropped_rows for info in trains),
+    }
+    told = ", ".join(f"{count:,} {what}" for what, count in became.items() if count)
+    count = sum(info.documents for info in trains)
+    return f"{count:,} documents in {places} are too few{f' ({told})' if told else ''}"
+
+
 def _without_duplicates(
     data: DataConfig, parts: list[PartPair], kept: list[Ints], held: list[Ints],
     progress: Progress,

@@ -16,6 +16,7 @@ from svend.data.library import library_documents, library_name
 from svend.data.records import (
     CHUNK_ROWS,
     Chunk,
+    check_suffix,
     file_digest,
     find_split,
     hub_commit,
@@ -24,10 +25,12 @@ from svend.data.records import (
 )
 from svend.data.schemas import find_schema
 from svend.data.tool_dialogues import tool_use_documents
-from svend.errors import ConfigError, DataError
+from svend.errors import ConfigError, DataError, reason_of
 from svend.pipeline.config import DataConfig, OwnSource
 
 SCHEMAS = "svend.data.schemas"
+# What the held-out part beside train.* may be called, the first that is there.
+HELDOUT_NAMES = ("test", "validation", "valid", "val", "dev")
 # A commit of a repository on the hub: what a revision of this form names, no one can change.
 COMMIT_LENGTH = 40
 
@@ -110,10 +113,12 @@ SOURCES: dict[str, Source] = {
         RecordSource("openmath", Kind.REASONING, "nvidia/OpenMathInstruct-2",
                      f"{SCHEMAS}:openmath_document"),
         RecordSource("slimorca", Kind.GENERAL, "Open-Orca/SlimOrca",
-                     f"{SCHEMAS}:slimorca_document"),
+                     f"{SCHEMAS}:chat_document"),
         RecordSource("xlam", Kind.TOOL_USE, "Salesforce/xlam-function-calling-60k",
                      f"{SCHEMAS}:xlam_document"),
         RecordSource("toolace", Kind.TOOL_USE, "Team-ACE/ToolACE", f"{SCHEMAS}:toolace_document"),
+        RecordSource("chat", Kind.GENERAL, None, f"{SCHEMAS}:chat_document"),
+        RecordSource("prompt", Kind.GENERAL, None, f"{SCHEMAS}:prompt_document"),
         RecordSource("text", Kind.GENERAL, None, f"{SCHEMAS}:text_document"),
     )
 }
@@ -238,6 +243,8 @@ def _locate_generator(source: GeneratedSource, data: DataConfig, seed: int) -> L
 def _files_part(
     source: RecordSource, name: str, files: list[Path], data: DataConfig
 ) -> SourcePart:
+    for path in files:
+        check_suffix(path)
     digests = [_known_digest(path, Path(data.cache_dir).expanduser()) for path in files]
     identity = {"source": source.name, "files": digests, "schema": _schema_digest(source)}
 
@@ -262,7 +269,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -283,7 +290,7 @@ def _known_digest(path: Path, cache: Path) -> str:
             writing.replace(note)
         except OSError as error:
             raise DataError(
-                f"data.cache_dir {cache.absolute()}: cannot be written ({error.strerror}); "
+                f"data.cache_dir {cache.absolute()}: cannot be written ({reason_of(error)}); "
                 "free space, or choose another"
             ) from error
     digest: str = known[key]
@@ -323,7 +330,7 @@ def _local_files(
     try:
         found = path.exists()
     except OSError as error:  # a name too long, a folder that may not be looked into
-        raise DataError(f"data.path {place[:200]}: cannot be read ({error.strerror})") from None
+        raise DataError(f"data.path {place[:200]}: cannot be read ({reason_of(error)})") from None
     if not found:
         raise DataError(f"data.path {path.absolute()}: no such file or folder")
     shared = len(data.sources) > 1 and source.path is None
@@ -339,9 +346,12 @@ def _local_files(
         names = (source.name, "train") if shared else ("train", source.name)
         train = find_split(folder, *names)
         if not train:
+            there = sorted(file.name for file in folder.iterdir() if file.is_file())
             raise DataError(
                 f"data.path {path.absolute()}: no file for source '{source.name}'; "
-                f"expected {folder / 'train.jsonl'} or {folder / (source.name + '.jsonl')}"
+                f"expected {folder / 'train.jsonl'} or {folder / (source.name + '.jsonl')}, or "
+                f"several numbered as train-00000.jsonl; found {', '.join(there[:5]) or 'none'}"
+                f"{' and more' if len(there) > 5 else ''}"
             )
     if data.heldout_path is not None:
         heldout = Path(data.heldout_path).expanduser()
@@ -349,4 +359,4 @@ def _local_files(
             raise DataError(f"data.heldout_path {heldout.absolute()}: no such file")
         return train, [heldout]
     is_split = train[0].name.startswith(("train.", "train-"))
-    return train, find_split(folder, "test", "validation") if is_split else []
+    return train, find_split(folder, *HELDOUT_NAMES) if is_split else []

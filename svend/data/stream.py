@@ -54,6 +54,7 @@ class Batch:
 
     @property
     def predicted_tokens(self) -> int:
+        """How many labels are to be learnt; the batch is to be on the CPU, else this waits."""
         return int((self.labels_BT >= 0).sum())
 
 
@@ -266,6 +267,7 @@ class BatchStream:
         return {"next_sequence": self.next_sequence}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take up what `state_dict` returned."""
         self.next_sequence = operator.index(state["next_sequence"])
         self._ahead.clear()
         self._read = 0

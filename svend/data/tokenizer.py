@@ -21,7 +21,7 @@ from svend.data.chat import (
     render,
 )
 from svend.data.documents import Document, Message, Role
-from svend.errors import DataError
+from svend.errors import DataError, reason_of
 
 
 class DocumentTokenizer:
@@ -162,9 +162,8 @@ def load_tokenizer(name: str, vocab_size: int) -> DocumentTokenizer:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception for any failure
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(
-            f"training.data.tokenizer {name}: cannot be loaded ({reason}); "
+            f"training.data.tokenizer {name}: cannot be loaded ({reason_of(error)}); "
             "give a tokenizer.json, a hub name that can be reached, or 'train'"
         ) from None
     loaded = DocumentTokenizer(tokenizer, origin=name)

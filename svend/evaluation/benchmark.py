@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,10 @@ class Benchmark:
     read: returns the problems; raises DataError, naming file and line, for what cannot be one.
     score: decides one answer. summarize: what is measured, by metric name. uses_tools: whether
     calls are carried out, so that the model goes on with their results. max_new_tokens: what one
-    answer may take, calls and their results included.
+    answer may take, calls and their results included. metrics: the names that it measures.
+    score_many: decides many answers, where each by itself would cost more.
+
+    Where problems come from, and under which licence, stands in docs/evaluation.md.
     """
 
     name: str
@@ -129,11 +132,8 @@ class Benchmark:
     score: Callable[[Problem, Answer], Score]
     summarize: Summarize
     max_new_tokens: int
+    metrics: tuple[str, ...]
     uses_tools: bool = False
-    source: str = ""
-    licence: str = ""
-    metrics: tuple[str, ...] = field(default=())
-    # Where scoring costs more than reading, many answers are scored at a time.
     score_many: Callable[[Sequence[Problem], Sequence[Answer]], list[Score]] | None = None
 
     def score_all(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Score]:

@@ -237,7 +237,5 @@ BFCL = Benchmark(
     score=score,
     summarize=summarize,
     max_new_tokens=512,
-    source=f"{DATASET.repository} (simple, multiple, parallel, parallel_multiple, irrelevance)",
-    licence="Apache-2.0",
     metrics=(METRIC, *(f"{METRIC}/{category}" for category in CATEGORIES)),
 )

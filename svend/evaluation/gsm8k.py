@@ -74,7 +74,5 @@ GSM8K = Benchmark(
     score=score,
     summarize=share_correct("gsm8k_accuracy"),
     max_new_tokens=512,
-    source="openai/gsm8k (subset main, split test)",
-    licence="MIT",
     metrics=("gsm8k_accuracy",),
 )

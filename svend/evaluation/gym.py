@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from svend.data.documents import Document, Message, Role, dump_json
@@ -37,6 +37,7 @@ DRAWS_FOR_ONE = 50
 RIGHT = 0.999
 
 P = TypeVar("P", GymProblem, ToolProblem)
+Task = TypeVar("Task")
 
 _toolbox = Toolbox()
 
@@ -45,35 +46,39 @@ _toolbox = Toolbox()
 @functools.lru_cache(maxsize=4)
 def read_reasoning(source: ProblemSource) -> list[Problem]:
     """Return held-out reasoning problems, each task and level in turn."""
-    seen: set[int] = set()
-    streams = [
-        _heldout(gym_problems(task, level, source.seed), source, seen)
-        for level in LEVELS for task in REASONING_TASKS
-    ]
-    chosen = itertools.islice(_in_turn(streams), source.limit or DEFAULT_PROBLEMS)
-    return [
-        Problem(
-            f"{problem.task}/{problem.level}/{number}", f"{problem.task}/{problem.level}",
-            (Message(Role.USER, problem.question),), problem.answer, problem,
-        )
-        for number, problem in enumerate(chosen)
-    ]
+    return _choose_heldout(
+        source, REASONING_TASKS, gym_problems,
+        lambda problem: (Message(Role.USER, problem.question),), lambda problem: problem.answer,
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def read_tool_use(source: ProblemSource) -> list[Problem]:
     """Return held-out problems that a tool solves, each task and level in turn."""
+    return _choose_heldout(
+        source, TOOL_TASKS, tool_problems,
+        lambda problem: (
+            Message(Role.TOOLS, offered_tools(problem)), Message(Role.USER, problem.question)
+        ),
+        _expected,
+    )
+
+
+def _choose_heldout(
+    source: ProblemSource, tasks: Sequence[Task], draw: Callable[[Task, str, int], Iterator[P]],
+    prompt: Callable[[P], tuple[Message, ...]], expected: Callable[[P], str],
+) -> list[Problem]:
+    """Return as many of the problems that are drawn as are wanted, each task and level in turn."""
     seen: set[int] = set()
     streams = [
-        _heldout(tool_problems(task, level, source.seed), source, seen)
-        for level in LEVELS for task in TOOL_TASKS
+        _heldout(draw(task, level, source.seed), source, seen)
+        for level in LEVELS for task in tasks
     ]
     chosen = itertools.islice(_in_turn(streams), source.limit or DEFAULT_PROBLEMS)
     return [
         Problem(
             f"{problem.task}/{problem.level}/{number}", f"{problem.task}/{problem.level}",
-            (Message(Role.TOOLS, offered_tools(problem)), Message(Role.USER, problem.question)),
-            _expected(problem), problem,
+            prompt(problem), expected(problem), problem,
         )
         for number, problem in enumerate(chosen)
     ]
@@ -173,8 +178,6 @@ ACCURACY = Benchmark(
     score=score_reasoning,
     summarize=share_correct("accuracy"),
     max_new_tokens=256,
-    source="made on the spot by reasoning-gym",
-    licence="Apache-2.0",
     metrics=("accuracy",),
 )
 TOOL_EXECUTION = Benchmark(
@@ -184,7 +187,5 @@ TOOL_EXECUTION = Benchmark(
     summarize=share_correct("tool_execution_accuracy"),
     max_new_tokens=256,
     uses_tools=True,
-    source="made on the spot by reasoning-gym and svend.tools",
-    licence="Apache-2.0",
     metrics=("tool_execution_accuracy",),
 )

@@ -39,18 +39,22 @@ class HeldoutLoss:
 
     @property
     def tokens(self) -> int:
+        """How many tokens are predicted in all."""
         return sum(self.predicted)
 
     @property
     def sequences(self) -> int:
+        """How many sequences were measured."""
         return len(self.predicted)
 
     @property
     def loss(self) -> float:
+        """Nats per predicted token."""
         return sum(self.sums) / self.tokens
 
     @property
     def perplexity(self) -> float:
+        """The exponential of the loss, infinite where that is too large."""
         return float(_exp(np.array(self.loss)))
 
     def bits_per_byte(self, bytes_per_token: float) -> float:

@@ -185,7 +185,5 @@ HUMANEVAL = Benchmark(
     summarize=summarize,
     max_new_tokens=512,
     score_many=lambda problems, answers: score_answers(list(zip(problems, answers, strict=True))),
-    source=f"{DATASET.repository}, from github.com/openai/human-eval",
-    licence="MIT",
     metrics=tuple(_metric(k) for k in PASS_AT),
 )

@@ -146,7 +146,5 @@ MATH = Benchmark(
     score_many=score_many,
     summarize=share_correct("math_accuracy"),
     max_new_tokens=1024,
-    source="HuggingFaceH4/MATH-500 (split test); hendrycks/competition_math has the same columns",
-    licence="MIT",
     metrics=("math_accuracy",),
 )

@@ -15,6 +15,7 @@ import xxhash
 
 from svend.data.records import (
     Chunk,
+    HubError,
     Record,
     RowError,
     find_split,
@@ -25,9 +26,6 @@ from svend.data.records import (
 )
 from svend.errors import DataError
 from svend.evaluation.benchmark import Problem, ProblemSource
-
-# What `svend.data.records` says after a hub's fault: the way out for training data.
-TRAINING_WAY_OUT = "; give a local copy"
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,9 @@ def choose(
 
 def local_copy_wanted(error: Exception, dataset: DatasetPlace) -> DataError:
     """Return the hub's error in one line, with what a benchmark's user can do about it."""
-    fault = str(error).partition(TRAINING_WAY_OUT)[0]
     if not isinstance(error, DataError):
-        first_line = fault.strip().partition("\n")[0][:200] or type(error).__name__
-        fault = f"{dataset.repository}: the hub cannot be read ({first_line})"
+        error = HubError(dataset.repository, error)
+    fault = error.fault if isinstance(error, HubError) else error
     return DataError(f"{fault}; {dataset.way_out}")
 
 

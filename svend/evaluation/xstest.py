@@ -73,7 +73,5 @@ SAFETY = Benchmark(
     score=score,
     summarize=summarize,
     max_new_tokens=256,
-    source="walledai/XSTest (split test); the authors' xstest_prompts.csv has the same columns",
-    licence="CC-BY-4.0",
     metrics=(METRIC, *RATES.values(), JUDGE_METRIC),
 )

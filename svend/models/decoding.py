@@ -9,8 +9,6 @@ K key/value heads, S head size, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,32 +25,8 @@ from svend.pipeline.config import Precision
 
 # Takes queries, keys and values of a layer, (rows, heads, head size); stores and attends.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# Row counts above this are rounded up to a multiple of it: few sizes to try and to compile.
+# Row counts above this are rounded up to a multiple of it: few sizes to try.
 ROW_STEP = 4
-
-_numbers = itertools.count()
-_caches: weakref.WeakValueDictionary[int, KeyValueCache] = weakref.WeakValueDictionary()
-
-
-# An operator of its own: which columns each row sees, the cache knows and the compiler need not.
-torch.library.define(
-    "svend::attend_step",
-    "(Tensor q_RHS, Tensor k_RKS, Tensor v_RKS, int layer, int cache) -> Tensor",
-)
-
-
-@torch.library.impl("svend::attend_step", "default")
-def _attend_step(q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor, layer: int, cache: int) -> Tensor:
-    return _caches[cache].attend_step(layer, q_RHS, k_RKS, v_RKS)
-
-
-def _shape_of_attend_step(
-    q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor, layer: int, cache: int  # noqa: ARG001
-) -> Tensor:
-    return torch.empty_like(q_RHS, memory_format=torch.contiguous_format)
-
-
-torch.library.register_fake("svend::attend_step", _shape_of_attend_step)
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,6 @@ class DecodingModel:
         max_length: int,
         precision: Precision,
         *,
-        compiled: bool,
         int8: bool,
         invariant: bool,
     ) -> None:
@@ -105,9 +78,6 @@ class DecodingModel:
             self._cos_T1S, self._sin_T1S = (table[0, 0, :, None] for table in tables)
         cache_dtype = torch.float32 if device.type == "cpu" else DTYPES[precision]
         self.cache = KeyValueCache(config, lanes, max_length, cache_dtype, device, invariant)
-        self._cache_number = next(_numbers)
-        _caches[self._cache_number] = self.cache
-        self._run_step = torch.compile(self._step, dynamic=True) if compiled else self._step
 
     @torch.inference_mode()
     def extend(self, lane: int, start: int, tokens: Sequence[int]) -> Tensor:
@@ -140,22 +110,11 @@ class DecodingModel:
         positions_R = torch.tensor(filled, device=device)
         tokens_R = torch.tensor([*tokens, *([0] * (padded - rows))], device=device)
         self.cache.begin_step(positions)
-        logits_RV = self._run_step(
-            tokens_R, self._cos_T1S[positions_R], self._sin_T1S[positions_R], in_tiles
+        x_RD = self._hidden_states(
+            tokens_R, self._cos_T1S[positions_R], self._sin_T1S[positions_R],
+            self.cache.attend_step, in_tiles,
         )
-        return logits_RV[:rows]
-
-    def _step(self, tokens_R: Tensor, cos_R1S: Tensor, sin_R1S: Tensor, in_tiles: bool) -> Tensor:
-        def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
-            if torch.compiler.is_compiling():
-                out_RHS: Tensor = torch.ops.svend.attend_step(
-                    q_RHS, k_RKS, v_RKS, layer, self._cache_number
-                )
-                return out_RHS
-            return self.cache.attend_step(layer, q_RHS, k_RKS, v_RKS)
-
-        x_RD = self._hidden_states(tokens_R, cos_R1S, sin_R1S, attend, in_tiles)
-        return self._head(x_RD, in_tiles)
+        return self._head(x_RD, in_tiles)[:rows]
 
     def _padding(self, rows: int) -> tuple[int, bool]:
         if not self._invariant:

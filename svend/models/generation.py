@@ -97,9 +97,9 @@ class Decoder:
     """Completes prompts, `lanes` at a time, with a model's weights as they are now.
 
     max_length: tokens of a row that the cache holds: the prompt and what follows it, all but the
-    last. precision: what the weights are rounded to; what lies between the products is fp32.
-    compiled: the step is compiled, the first time that it is taken. int8: the matrices are rounded
-    to 8 bits, and what is multiplied with them to 7 (`int8.py`); meant for few lanes.
+    last. precision: what the weights are rounded to; what lies between the products is fp32. int8:
+    the matrices are rounded to 8 bits, and what is multiplied with them to 7 (`int8.py`); meant for
+    few lanes.
 
     invariant: a completion depends on its request alone, to the bit, not on the lanes or on what is
     in them. Each prompt, and what is inserted, runs by itself; a row attends by itself; and a
@@ -119,7 +119,6 @@ class Decoder:
         max_length: int,
         precision: Precision,
         sampling: Sampling = GREEDY,
-        compiled: bool = False,
         int8: bool = False,
         invariant: bool = False,
     ) -> None:
@@ -127,8 +126,7 @@ class Decoder:
             raise ConfigError(f"lanes = {lanes}, max_length = {max_length}: must be at least 1")
         self._lanes, self._max_length, self._sampling = lanes, max_length, sampling
         self._model = DecodingModel(
-            model, lanes, max_length, precision,
-            compiled=compiled, int8=int8, invariant=invariant,
+            model, lanes, max_length, precision, int8=int8, invariant=invariant
         )
         self._user: object = None
         self.steps = 0

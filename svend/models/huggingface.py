@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, reason_of
 from svend.models.config import TransformerConfig
 from svend.models.parametrisation import fold_multipliers
 from svend.models.transformer import ReasoningTransformer
@@ -201,7 +201,7 @@ class StoredTensors:
             self._files = dict.fromkeys(self._names_in(folder / WEIGHTS_FILE),
                                         folder / WEIGHTS_FILE)
         else:
-            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+            pickled = min(folder.glob("*.bin"), default=None)
             raise CheckpointError(
                 f"{folder}: has no {WEIGHTS_FILE}" + (
                     "" if pickled is None else f"; {pickled.name} is a pickle, which could run "
@@ -240,7 +240,7 @@ class StoredTensors:
             with safe_open(path, framework="pt") as file:
                 return look(file)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({str(error)[:200]})") from None
+            raise CheckpointError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 def _our_config(told: Mapping[str, Any], name: str, path: Path) -> TransformerConfig:
@@ -317,7 +317,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             None
         )
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({str(error)[:200]})") from None
+        raise CheckpointError(f"{path}: cannot be read ({reason_of(error)})") from None
     if not isinstance(told, dict):
         raise CheckpointError(f"{path}: is no JSON object")
     return told

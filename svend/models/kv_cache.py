@@ -67,10 +67,6 @@ class KeyValueCache:
         self._blocks: list[int] = []
         self._runs: dict[tuple[int, int, int], _Run] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys_NLKTS.nbytes + self.values_NLKTS.nbytes
-
     def attend_span(
         self, layer: int, lane: int, start: int, q_THS: Tensor, k_TKS: Tensor, v_TKS: Tensor
     ) -> Tensor:

@@ -8,8 +8,7 @@ Every product takes and returns fp32. Shape suffixes: N rows, D inputs, F output
 
 from __future__ import annotations
 
-import itertools
-import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -24,18 +23,13 @@ from svend.pipeline.config import Precision
 # Rows that are multiplied together wherever rounding must not depend on their number.
 TILE = 12
 
-_numbers = itertools.count()
-_products: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()
 
-
-class Product:
+class Product(ABC):
     """Multiplies rows with a weight matrix that it holds in a form of its own."""
 
     def __init__(self, weight_FD: Tensor) -> None:
         self.out_features, self.in_features = weight_FD.shape
         self.device = weight_FD.device
-        self._number = next(_numbers)
-        _products[self._number] = self
 
     @property
     def form(self) -> str:
@@ -44,41 +38,13 @@ class Product:
 
     def __call__(self, x_ND: Tensor, in_tiles: bool = False) -> Tensor:
         """Return x_ND times the weights, (rows, outputs); `in_tiles` of TILE rows at a time."""
-        if torch.compiler.is_compiling() and x_ND.device.type == "cpu":
-            out_NF: Tensor = torch.ops.svend.multiply(
-                x_ND, self._number, self.out_features, in_tiles
-            )
-            return out_NF
-        return self.apply(x_ND, in_tiles)
-
-    def apply(self, x_ND: Tensor, in_tiles: bool) -> Tensor:
         if in_tiles:
             return torch.cat([self.multiply(tile_ND) for tile_ND in torch.split(x_ND, TILE)])
         return self.multiply(x_ND)
 
+    @abstractmethod
     def multiply(self, x_ND: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-# An operator of its own, for the compiler knows nothing of packed weights. Defined by hand: calling
-# it takes half as long as with `custom_op`.
-torch.library.define(
-    "svend::multiply", "(Tensor x_ND, int number, int out_features, bool in_tiles) -> Tensor"
-)
-
-
-@torch.library.impl("svend::multiply", "default")
-def _multiply(x_ND: Tensor, number: int, out_features: int, in_tiles: bool) -> Tensor:  # noqa: ARG001
-    return _products[number].apply(x_ND, in_tiles)
-
-
-def _shape_of_multiply(
-    x_ND: Tensor, number: int, out_features: int, in_tiles: bool  # noqa: ARG001
-) -> Tensor:
-    return x_ND.new_empty(x_ND.shape[0], out_features)
-
-
-torch.library.register_fake("svend::multiply", _shape_of_multiply)
+        """Return x_ND times the weights, all rows at once."""
 
 
 class DenseProduct(Product):
@@ -195,6 +161,6 @@ def _is_steady(product: Product, rows: int) -> bool:
         tiles = -(-rows // TILE) * TILE
         generator = torch.Generator().manual_seed(rows)
         x_ND = torch.randn(tiles, product.in_features, generator=generator).to(product.device)
-        in_tiles_NF = product.apply(x_ND, in_tiles=True)[:rows]
-        _steady[key] = torch.equal(product.apply(x_ND[:rows], in_tiles=False), in_tiles_NF)
+        in_tiles_NF = product(x_ND, in_tiles=True)[:rows]
+        _steady[key] = torch.equal(product(x_ND[:rows]), in_tiles_NF)
     return _steady[key]

@@ -12,9 +12,10 @@ from svend.errors import DataError, UserError, one_line
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.crew import Crew, Dismissal
+from svend.pipeline.own_model import ModelFactory
 from svend.pipeline.replica import Replica, take_start
 from svend.pipeline.run_data import RunData, read_run_data
-from svend.pipeline.run_model import ModelFactory, build_model
+from svend.pipeline.run_model import build_model
 from svend.training.parallel import Ranks, give_up, shard_mesh
 from svend.training.state import TrainState, build_state
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from svend.data.corpus import EvaluationSet
 from svend.data.documents import Document, Message, Role
 from svend.data.tokenizer import DocumentTokenizer
+from svend.errors import ConfigError
 from svend.evaluation.benchmark import Benchmark, Problem, ProblemSource
 from svend.evaluation.benchmarks import (
     ANSWERED,
@@ -106,9 +109,27 @@ def _source(
     )
 
 
+def without_answers(config: PipelineConfig) -> list[str]:
+    """Return those of the config's benchmarks that need a loss only, and no answers."""
+    return [name for name in config.eval_benchmarks if name.removesuffix(SAMPLE_SUFFIX)
+            == PERPLEXITY]
+
+
+def check_answers(config: PipelineConfig, model: nn.Module) -> None:
+    """Raise ConfigError where a benchmark wants answers of a model that does not write any."""
+    if isinstance(model, ReasoningTransformer):
+        return
+    asked = [name for name in config.eval_benchmarks if name not in without_answers(config)]
+    if asked:
+        raise ConfigError(
+            f"benchmarks {', '.join(asked)}: are measured on answers, which only Svend's own "
+            f"transformer writes, and the model is a {type(model).__name__}; ask for {PERPLEXITY}"
+        )
+
+
 def evaluate_model(
     config: PipelineConfig,
-    model: ReasoningTransformer,
+    model: nn.Module,
     tokenizer: DocumentTokenizer,
     questions: Sequence[Question],
     heldout: Callable[[], HeldoutLoss],
@@ -119,8 +140,10 @@ def evaluate_model(
 
     The time is shared: each benchmark has an equal part of what the ones before it left.
     heldout: measures the loss on held-out text, where perplexity is asked for. is_stopped: asked
-    now and then whether to go on; what is there by then is measured.
+    now and then whether to go on; what is there by then is measured. Raises ConfigError where the
+    model cannot answer what is asked.
     """
+    check_answers(config, model)
     evaluation, precision = config.evaluation, config.training.precision
     started_seconds = time.monotonic()
     ends_seconds = started_seconds + evaluation.budget_seconds
@@ -138,6 +161,8 @@ def evaluate_model(
 
     if PERPLEXITY in names:
         measurements |= heldout().measurements()
+    if not isinstance(model, ReasoningTransformer):
+        return Evaluation(results, measurements, time.monotonic() - started_seconds)
     with Harness(model, tokenizer, evaluation, precision) as harness:
         for question in questions:
             result = harness.run(

@@ -15,15 +15,21 @@ from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.gatekeeper import Gatekeeper
 from svend.pipeline.job import Job
 from svend.pipeline.nested import NestedRun
-from svend.pipeline.record import measurement_rows, record_verdicts
+from svend.pipeline.record import (
+    describe_end,
+    describe_run,
+    measurement_rows,
+    record_verdicts,
+)
 from svend.pipeline.registration import register_version
 from svend.pipeline.replica import load_weights
 from svend.pipeline.report import show_measured, show_next_steps, verdict_table
 from svend.pipeline.run_evaluation import evaluate_benchmarks
 from svend.pipeline.saving import consolidate
+from svend.pipeline.tags import NOTE_TAG
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import RegisteredVersion
+from svend.tracking.store_errors import told_by_the_store
 
 
 def conclude_run(
@@ -46,6 +52,7 @@ def conclude_run(
     if best is not None and (nested is None or nested.registers):
         rows = job.folder.read_verdicts(best.weights_sha256)
         registered = _register(job, best, validator, rows)
+        _describe_end(job, best, rows, registered)
         _show_verdicts(best, validator, rows, console)
     show_measured(
         console, job.plan, measured_gb, measured_seconds, job.start_seconds, job.spent_seconds
@@ -117,6 +124,16 @@ def _register(
                 best.step, best.weights_sha256, job.corpus.fingerprint, job.tracked.run_id
             ),
         ))
+
+
+def _describe_end(
+    job: Job, best: Checkpoint, rows: list[dict[str, Any]], registered: RegisteredVersion | None
+) -> None:
+    version = None if registered is None else f"{registered.name} version {registered.version}"
+    job.tracked.set_tags({NOTE_TAG: "\n\n".join((
+        describe_run(job.config, job.plan, job.corpus),
+        describe_end(best.step, best.metrics["loss"], rows, version),
+    ))})
 
 
 def _show_verdicts(

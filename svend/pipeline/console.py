@@ -9,9 +9,14 @@ PIPE_WIDTH = 110
 
 
 def make_console(pipe_width: int = PIPE_WIDTH) -> Console:
-    """Return the console; a pipe gets plain text wide enough for the tables."""
+    """Return the console; a pipe or a notebook gets plain text wide enough for the tables."""
     console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=pipe_width)
+    if console.is_terminal:
+        return console
+    # A notebook is a pipe too: drawn as HTML, each print would be a paragraph of its own, and its
+    # kernel asks by FORCE_COLOR for what moves a cursor.
+    return Console(highlight=False, width=pipe_width, force_jupyter=False,
+                   force_terminal=False if console.is_jupyter else None)
 
 
 def say(console: Console, line: str) -> None:

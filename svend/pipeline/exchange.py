@@ -27,7 +27,7 @@ from svend.pipeline.config import ModelScale, Parametrisation, get_model_config
 from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.schema import to_tree, to_yaml
 from svend.pipeline.version_evaluation import LoadedVersion, load_version
-from svend.pipeline.version_files import ANY_SIZE, TOKENIZER
+from svend.pipeline.version_files import ANY_SIZE, TOKENIZER, answering_model
 from svend.pipeline.whole_files import whole_folder
 
 VOCABULARY_MULTIPLE = 64
@@ -36,18 +36,24 @@ MOST_ADDED_TOKENS = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_version(uri: str, folder: Path | None, dtype: str) -> Path:
+def export_version(
+    uri: str, folder: Path | None, dtype: str, model_factory: str | None = None
+) -> Path:
     """Write a version as a folder that transformers reads; return the folder.
 
+    model_factory: what made its model, where the config names such; it is run.
     It appears whole or not at all, and its weights are read back and compared. Raises UserError,
     in one line, where the folder is there already or the version is not what was registered.
     """
-    loaded = load_version(uri, [("training.device", "cpu"), ("training.precision", "fp32")])
+    given = [] if model_factory is None else [("model_factory", model_factory)]
+    loaded = load_version(
+        uri, [("training.device", "cpu"), ("training.precision", "fp32"), *given]
+    )
     version = loaded.version
     place = folder or Path(f"{version.name}-v{version.version}-hf")
     if place.exists():
         raise ConfigError(f"folder {place}: is there already; remove it, or give another")
-    model = loaded.model
+    model = answering_model(loaded.model, "export")
     ends = [loaded.tokenizer.control_ids[token] for token in (END_OF_MESSAGE, END_OF_TEXT)]
     generation = {**special_ids(loaded.tokenizer.files()), "eos_token_id": ends,
                   "do_sample": False}

@@ -16,6 +16,8 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
                         help="to be made (default: NAME-vVERSION-hf)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", metavar="DTYPE",
                         help="of the weights: fp32 or bf16 (default: fp32)")
+    parser.add_argument("--model_factory", metavar="FILE.py:FUNCTION",
+                        help="that made the version's model, a ReasoningTransformer")
 
 
 def _add_import_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def _run_export(call: Call) -> int:
     from svend.pipeline.exchange import export_version
 
     tell(f"export: {known.uri} in {known.dtype}, written and then read back")
-    folder = export_version(known.uri, known.folder, known.dtype)
+    folder = export_version(known.uri, known.folder, known.dtype, known.model_factory)
     size = sum(path.stat().st_size for path in folder.iterdir())
     call.answer = {"folder": folder.absolute(), "bytes": size, "dtype": known.dtype}
     tell(

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, TrainingConfig, format_count
 from svend.pipeline.console import make_console, say
 from svend.pipeline.report import format_seconds
@@ -34,6 +35,11 @@ def preview_on_gpus(
     gpu = find_gpu(gpu_name)
     plans = []
     for config in configs:
+        if config.model_factory is not None:
+            raise ConfigError(
+                f"model_factory = {config.model_factory}: plan --gpu counts Svend's own "
+                "transformer part by part; leave out --gpu, or the factory"
+            )
         resolved = config.resolve()
         assert resolved.model is not None  # set by resolve
         plans.append(plan_on_gpus(

@@ -24,6 +24,7 @@ from svend.device import (
     resolve_precision,
 )
 from svend.errors import ConfigError
+from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.assignment import Assignment, assign
 from svend.pipeline.benchmarking import Question, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
@@ -42,11 +43,12 @@ from svend.pipeline.hyperparameters import (
 )
 from svend.pipeline.infrastructure import check_disk
 from svend.pipeline.init_from import StartingPoint, find_starting_point
+from svend.pipeline.own_model import FACTORY_FILE, ModelFactory, factory_source, source_digest
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.replica import Replica, load_state, take_start
 from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_folder import RunFolder, RunIdentity
-from svend.pipeline.run_model import ModelFactory, planned_model, registered_name
+from svend.pipeline.run_model import planned_model, registered_name
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import MemoryPlan
@@ -132,11 +134,14 @@ def prepare_job(
     config, device = means.config, means.device
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
+    source = factory_source(config)
     questions = read_questions(config)
     data = read_run_data(config, lambda text: console.print(f"data: {text}"))
     corpus = data.corpus
     if folder is not None and not force:
-        folder.check_machine(corpus.fingerprint, corpus.tokenizer.sha256, device.type)
+        folder.check_machine(
+            corpus.fingerprint, corpus.tokenizer.sha256, device.type, source_digest(source)
+        )
     total_steps = config.training.max_steps or steps_over(data.sequences, config.training)
     training, carried = carry(found, config, total_steps) if found else (config.training, [])
     config = replace(config, training=training)
@@ -155,6 +160,7 @@ def prepare_job(
     # Measured by the first process while the others wait: together they are as many times as fast.
     plan = replace(
         plan, parameters=sum(p.numel() for p in state.model.parameters()),
+        compile=plan.compile and isinstance(state.model, ReasoningTransformer),
         peak_flops=plan.peak_flops * crew.size, seconds=plan.seconds / crew.size,
     )
     if folder is None:
@@ -162,7 +168,7 @@ def prepare_job(
             tracked, config, gates, corpus, data.sequences, plan, describe_device(device)
         )
         record_hyperparameters(tracked, found, carried)
-        folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found)
+        folder = _begin_folder(tracked, as_written, config, corpus, plan, device, found, source)
         tracked.spool_to(folder.spool_path, lambda line: say(console, line))
     job = Job(
         config=config, device=device, corpus=corpus, sequences=data.sequences,
@@ -218,14 +224,20 @@ def _find_start(
 
 def _begin_folder(
     tracked: TrackedRun, as_written: PipelineConfig, config: PipelineConfig, corpus: Corpus,
-    plan: RunPlan, device: torch.device, found: Hyperparameters | None,
+    plan: RunPlan, device: torch.device, found: Hyperparameters | None, source: str | None,
 ) -> RunFolder:
+    """Begin the folder of a new run; found and source are texts that it keeps, where there are any.
+    """
     training = config.training
+    files = {HYPERPARAMETERS: found.to_yaml()} if found else {}
+    if source is not None:
+        tracked.log_text(source, FACTORY_FILE)
+        files[FACTORY_FILE] = source
     return RunFolder.create(as_written, RunIdentity(
         tracked.run_id, tracked.tracking_uri, training.experiment_name,
         training.model_scale.value, corpus.fingerprint, device.type, training.precision,
-        plan.compile, corpus.tokenizer.sha256,
-    ), {HYPERPARAMETERS: found.to_yaml()} if found else {})
+        plan.compile, corpus.tokenizer.sha256, model_factory_sha256=source_digest(source),
+    ), files)
 
 
 def _check_means(
@@ -282,14 +294,18 @@ def _choices_of(folder: RunFolder | None, config: PipelineConfig) -> tuple[Preci
 def _record_forced(job: Job, config: PipelineConfig, console: Console) -> None:
     """Put on record what a forced resumption finds otherwise than the run was begun with."""
     folder, corpus, device = job.folder, job.corpus, job.device.type
+    factory_sha256 = source_digest(factory_source(config))
     differences = [
         *folder.config_differences(config),
-        *folder.machine_differences(corpus.fingerprint, corpus.tokenizer.sha256, device),
+        *folder.machine_differences(
+            corpus.fingerprint, corpus.tokenizer.sha256, device, factory_sha256
+        ),
     ]
     if differences:
         folder.force(
             differences, config, job.state.step, data_fingerprint=corpus.fingerprint,
             tokenizer_sha256=corpus.tokenizer.sha256, device=device,
+            model_factory_sha256=factory_sha256,
             precision=job.config.training.precision, compiled=job.plan.compile,
         )
         job.tracked.set_tags({FORCED_TAG: "; ".join(folder.identity.forced)[:MAX_TAG_LENGTH]})

@@ -26,7 +26,8 @@ MAY_CHANGE = {
 # The name under which a run, a version or an import keeps its resolved config.
 CONFIG_FILE = "config.yaml"
 # What names a Python file or module that is imported.
-NAMES_CODE = ("training.data.own_sources",)
+OWN_SOURCES, MODEL_FACTORY = "training.data.own_sources", "model_factory"
+NAMES_CODE = (OWN_SOURCES, MODEL_FACTORY)
 
 
 def load_config(
@@ -74,11 +75,11 @@ def full_key(key: str) -> str:
     return f"training.{key}" if key.startswith("data.") else key
 
 
-def names_code(key: str) -> bool:
+def names_code(key: str, among: Sequence[str] = NAMES_CODE) -> bool:
     """Whether a dotted key holds functions to import: what a stranger's file must not set."""
     key = full_key(key)
     return any(key == own or key.startswith(f"{own}.") or own.startswith(f"{key}.")
-               for own in NAMES_CODE)
+               for own in among)
 
 
 def split_overrides(

@@ -39,26 +39,30 @@ class PipelineResult:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ends: its status in MLflow, why, and the user's mistake or failed gate, if any."""
+    """How a run ends: its status in MLflow, why, and the user's mistake or failed gate, if any.
+
+    unexpected: what ends it is a bug, or for whoever called the run to deal with.
+    """
 
     status: str
     reason: str | None = None
     mistake: UserError | None = None
-    is_bug: bool = False
+    unexpected: bool = False
 
     @classmethod
     def by(cls, error: BaseException, checkpoint_dir: str = "") -> Ending:
-        """Return how an error ends a run. checkpoint_dir: named where a full disk has no name."""
+        """Return how an error ends a run; a training run's `checkpoint_dir` may be full."""
         if isinstance(error, TrialPruned):
             return cls("FINISHED", str(error), error)
         if isinstance(error, UserError):
             return cls("FAILED", str(error), error)
         if isinstance(error, Interrupted | KeyboardInterrupt):
-            return cls("KILLED", str(error) or "interrupted")
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            unexpected = isinstance(error, KeyboardInterrupt)
+            return cls("KILLED", str(error) or "interrupted", unexpected=unexpected)
+        if checkpoint_dir and isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return cls("FAILED", f"{error.filename or checkpoint_dir}: the disk is full; make "
                                  "room, and go on with resume=true")
-        return cls("FAILED", f"{type(error).__name__}: {error}", is_bug=True)
+        return cls("FAILED", f"{type(error).__name__}: {error}", unexpected=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from svend.pipeline.hyperparameters import (
     fetch_hyperparameters,
     locate_hyperparameters,
 )
+from svend.pipeline.own_model import describe_model, find_model_factory, make_model
 from svend.pipeline.report import show_preview
 from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_model import planned_model
@@ -30,7 +31,8 @@ def preview_run(config: PipelineConfig) -> dict[str, Any]:
     """
     console = make_console()
     config = config.resolve()
-    training, model = config.training, planned_model(config, None)
+    factory = find_model_factory(config)
+    training, model = config.training, planned_model(config, factory)
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
     config = replace(config, training=training)
@@ -45,10 +47,16 @@ def preview_run(config: PipelineConfig) -> dict[str, Any]:
         )
         training, carried = carry(found, config, total_steps)
         config = replace(config, training=training)
-    size = size_run(training, model, total_steps)
+    own, size = "", size_run(training, model, total_steps)
+    if factory is not None:
+        made = make_model(factory, config, on_meta=True)
+        own = describe_model(made, factory, config)
+        size = replace(size, parameters=sum(p.numel() for p in made.parameters()))
     memory = predict_memory_on(model, training, device)
     available = available_bytes(device)
-    show_preview(console, config, size, memory, available, describe_device(device), carried)
+    show_preview(
+        console, config, size, memory, available, describe_device(device), carried, own
+    )
     return {
         "model": model.name, "scale": training.model_scale, "preset": config.preset,
         "parameters": size.parameters, "steps": size.total_steps, "tokens": size.tokens,

@@ -20,7 +20,7 @@ from svend.pipeline.hyperparameters import HYPERPARAMETERS, Carried, Hyperparame
 from svend.pipeline.loading import CONFIG_FILE
 from svend.pipeline.report import verdicts_html
 from svend.pipeline.schema import flatten, to_tree, to_yaml
-from svend.pipeline.tags import SWEEP_TAG
+from svend.pipeline.tags import NOTE_TAG, SWEEP_TAG
 from svend.pipeline.validation import (
     Evidence,
     GateLevel,
@@ -63,7 +63,7 @@ def record_inputs(
         "svend.device": device,
         "svend.data_fingerprint": corpus.fingerprint,
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
-        "mlflow.note.content": _describe(config, plan, corpus),
+        NOTE_TAG: describe_run(config, plan, corpus),
     })
     tracked.log_text(to_yaml(config), CONFIG_FILE)
     for name, text in corpus.tokenizer.files().items():
@@ -119,8 +119,8 @@ def record_hyperparameters(
     tracked.log_text(found.to_yaml(), HYPERPARAMETERS)
 
 
-def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
-    """A description for the run's page."""
+def describe_run(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
+    """Return what a run is to do, as Markdown for its page."""
     data = config.training.data
     assert config.model is not None  # set by PipelineConfig.resolve
     return (
@@ -128,6 +128,31 @@ def _describe(config: PipelineConfig, plan: RunPlan, corpus: Corpus) -> str:
         f"on {data.recipe}: {', '.join(data.sources)} ({data.purpose}).\n\n"
         f"{plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens; "
         f"data fingerprint `{corpus.fingerprint[:16]}`."
+    )
+
+
+def describe_end(
+    step: int, heldout_loss: float, rows: Sequence[dict[str, Any]], version: str | None
+) -> str:
+    """Return how a run ended, as Markdown for its page.
+
+    rows: the verdicts on its best checkpoint. version: its name and number in the registry.
+    """
+    passed: dict[str, list[str]] = {}
+    for row in rows:
+        failed = passed.setdefault(row["level"], [])
+        if row["required"] and not row["passed"]:
+            failed.append(str(row["gate"]))
+    levels = "; ".join(
+        f"**{level}** not passed ({', '.join(failed)})" if failed else f"**{level}** passed"
+        for level, failed in passed.items()
+    )
+    registered = "in no registry" if version is None else f"registered as {version}"
+    return (
+        f"The best checkpoint is of step {step:,}, with a held-out loss of {heldout_loss:.4f}: "
+        f"{levels}; {registered}.\n\nUnder Artifacts: `verdicts.html`, every verdict; "
+        f"`{EVALUATION_ARTIFACTS}/`, every sample of the benchmarks; `data_report.html`, what was "
+        "trained on; `config.yaml`, to do it again."
     )
 
 

@@ -24,7 +24,7 @@ from svend.pipeline.progress import TerminalBar
 from svend.pipeline.validation import Decision
 from svend.planning.memory import MemoryPlan
 from svend.planning.plan import RunPlan, RunSize
-from svend.tracking.pages import is_local, run_page, ui_command
+from svend.tracking.pages import is_local, run_page, scales_page, ui_command
 from svend.tracking.registry import RegisteredVersion
 
 # A line per step and every verdict at DEBUG, under the name that users know.
@@ -43,14 +43,16 @@ def show_plan(
     device: str,
     carried: Sequence[Carried] = (),
     sharing: str = "",
+    own_model: str = "",
 ) -> None:
     """Print what the run will do and cost, before it does.
 
-    sharing: the processes that share it, where there are several.
+    sharing: the processes that share it, where there are several. own_model: what a factory made,
+    where one did.
     """
     training, memory = config.training, plan.memory
     compiled = "compiled blocks" if plan.compile else "not compiled"
-    table = _plan_table(config, plan)
+    table = _plan_table(config, plan, own_model)
     table.add_row(
         "",
         f"{len(corpus.train):,} train and {len(corpus.heldout):,} held-out documents, "
@@ -95,9 +97,10 @@ def show_preview(
     available_bytes: int,
     device: str,
     carried: Sequence[Carried],
+    own_model: str = "",
 ) -> None:
     """Print what of a run's plan is known where nothing is measured."""
-    table = _plan_table(config, size)
+    table = _plan_table(config, size, own_model)
     _add_size(table, config, size)
     table.add_row("device", f"{device}; {config.training.precision.value}")
     fits = "" if memory.total <= available_bytes else ": does not fit here"
@@ -111,14 +114,17 @@ def show_preview(
         console.print(hyperparameters_table(carried))
 
 
-def _plan_table(config: PipelineConfig, size: RunSize) -> Table:
+def _plan_table(config: PipelineConfig, size: RunSize, own_model: str = "") -> Table:
     model, training = config.model, config.training
     assert model is not None  # set by PipelineConfig.resolve
     data = training.data
-    table = Table(title=f"Plan: {model.name}", show_header=False, title_justify="left")
+    title = "Plan: own model" if own_model else f"Plan: {model.name}"
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
     table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
+    if own_model:
+        table.add_row("model", own_model)
     table.add_row("parameters", f"{size.parameters:,} ({format_count(size.parameters)})")
     table.add_row("data", f"{data.recipe}: {', '.join(data.sources)} ({data.purpose})")
     return table
@@ -303,6 +309,7 @@ def show_next_steps(
     if local:
         lines.append(("see the run", ui_command(tracking_uri)))
     lines.append(("" if local else "see the run", url))
+    lines.append(("all runs", scales_page(tracking_uri, experiment_id, as_charts=False)))
     for label, text in lines:
         console.print(f"[bold]{label:<12}[/bold] {text}", soft_wrap=True)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from rich.console import Console
 
 from svend.evaluation.heldout import HeldoutLoss
 from svend.evaluation.measurement import Measurement
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import evaluate_model
+from svend.pipeline.benchmarking import evaluate_model, without_answers
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.job import Job
 from svend.pipeline.record import record_evaluation
@@ -42,24 +43,31 @@ def evaluate_heldout(job: Job) -> HeldoutLoss:
 def evaluate_benchmarks(
     job: Job, console: Console, is_stopped: Callable[[], bool]
 ) -> Mapping[str, Measurement] | None:
-    """Measure the benchmarks and the held-out loss; None where no benchmark is to be measured."""
-    model = job.state.model
-    if not job.config.eval_benchmarks:
-        return None
-    if not isinstance(model, ReasoningTransformer):
-        console.print(
-            f"benchmarks: not measured; {type(model).__name__} is no ReasoningTransformer"
-        )
+    """Measure the benchmarks and the held-out loss; None where no benchmark is to be measured.
+
+    Nor is there anything to decide FULL on where it wants answers of a model that writes none.
+    """
+    model, config = job.state.model, job.config
+    answers = isinstance(model, ReasoningTransformer)
+    if not answers:
+        left = without_answers(config)
+        if left != config.eval_benchmarks:
+            console.print(f"benchmarks: a {type(model).__name__} writes no answers; measured: "
+                          f"{', '.join(left) or 'none'}")
+        config = replace(config, eval_benchmarks=left)
+    if not config.eval_benchmarks:
         return None
     heldout = evaluate_heldout(job)
     with job.spending("evaluating"), AnswerProgress(console) as progress:
         whole = job.call(gather_model)
-        assert isinstance(whole, ReasoningTransformer)
+        assert whole is not None  # in the first process
         evaluation = evaluate_model(
-            job.config, whole, job.corpus.tokenizer, job.questions, lambda: heldout,
-            progress.advance, is_stopped,
+            config, whole, job.corpus.tokenizer, job.questions if answers else [],
+            lambda: heldout, progress.advance, is_stopped,
         )
     record_evaluation(job.tracked, evaluation, job.state.step)
     job.measured = evaluation.measurements
     console.print(measurement_table(evaluation.results, evaluation.measurements))
-    return {**heldout.measurements(), **evaluation.measurements}
+    measured = {**heldout.measurements(), **evaluation.measurements}
+    wanted = {gate.metric_name for gate in config.gates.full if gate.required}
+    return measured if answers or wanted <= measured.keys() else None

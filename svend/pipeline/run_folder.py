@@ -16,6 +16,7 @@ from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.folder_lock import LOCK_FILE, FolderLock
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
 from svend.pipeline.loading import CONFIG_FILE, MAY_CHANGE
+from svend.pipeline.own_model import FACTORY_FILE
 from svend.pipeline.schema import build, flatten, read_yaml, to_tree, to_yaml
 from svend.pipeline.whole_files import append_lines, read_lines, write_whole
 from svend.tracking.spool import ADDRESS, SPOOL
@@ -38,6 +39,7 @@ class RunIdentity:
     compiled: bool
     tokenizer_sha256: str = ""  # not in runs that are older than this field
     finished: bool = False
+    model_factory_sha256: str = ""  # of the file that made the model, where the config names one
     forced: list[str] = field(default_factory=list)  # what a forced resumption found otherwise
 
 
@@ -144,9 +146,13 @@ class RunFolder:
                 difference, f"resume with the settings in {CONFIG_FILE} there, or begin another run"
             )
 
-    def check_machine(self, data_fingerprint: str, tokenizer_sha256: str, device: str) -> None:
-        """Raise UserError if the data, their tokens or the kind of device are not the run's."""
-        for difference in self.machine_differences(data_fingerprint, tokenizer_sha256, device):
+    def check_machine(
+        self, data_fingerprint: str, tokenizer_sha256: str, device: str, factory_sha256: str = ""
+    ) -> None:
+        """Raise UserError if data, tokens, kind of device or model factory are not the run's."""
+        for difference in self.machine_differences(
+            data_fingerprint, tokenizer_sha256, device, factory_sha256
+        ):
             raise self._refusal(difference, "restore it, or begin another run")
 
     def config_differences(self, config: PipelineConfig) -> list[str]:
@@ -165,7 +171,7 @@ class RunFolder:
         }
 
     def machine_differences(
-        self, data_fingerprint: str, tokenizer_sha256: str, device: str
+        self, data_fingerprint: str, tokenizer_sha256: str, device: str, factory_sha256: str = ""
     ) -> list[str]:
         """Name what the run would find otherwise than it left it."""
         identity = self.identity
@@ -174,6 +180,7 @@ class RunFolder:
                 ("the device", identity.device, device),
                 ("the data's fingerprint", identity.data_fingerprint, data_fingerprint),
                 ("the tokenizer", identity.tokenizer_sha256, tokenizer_sha256),
+                ("the model factory's file", identity.model_factory_sha256, factory_sha256),
             ) if was and was != now
         ]
 
@@ -218,7 +225,8 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that ended before its first checkpoint."""
         if not _has_checkpoint(self.path):
-            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE, HYPERPARAMETERS):
+            for name in (RUN_FILE, CONFIG_FILE, VERDICTS_FILE, LOCK_FILE, HYPERPARAMETERS,
+                         FACTORY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.spool_path, ignore_errors=True)
             if not any(self.path.iterdir()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +12,19 @@ from svend.errors import ConfigError
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.float8 import compute_in_float8
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.config import ModelConfig, ModelScale, PipelineConfig, TrainingConfig
+from svend.pipeline.config import ModelConfig, PipelineConfig, TrainingConfig
+from svend.pipeline.own_model import (
+    ModelFactory,
+    check_model,
+    make_model,
+    own_model_name,
+)
 from svend.planning.memory import equivalent_model
 from svend.training.low_memory import prepare_weights
 from svend.training.parallel import shard_model
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-ModelFactory = Callable[[ModelScale], nn.Module]
-
 
 def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) -> ModelConfig:
     """Return the architecture to plan for: the scale's, or that of the factory's model.
@@ -32,13 +35,12 @@ def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) ->
     assert config.model is not None  # set by PipelineConfig.resolve
     if model_factory is None:
         return config.model
-    with torch.device("meta"):
-        model = model_factory(config.training.model_scale)
+    model = make_model(model_factory, config, on_meta=True)
     _check_parametrisation(model, config.training)
     if isinstance(model, ReasoningTransformer):
         return model.config.to_model_config(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return equivalent_model(config.model, parameters)
+    return replace(equivalent_model(config.model, parameters), name=own_model_name(model, config))
 
 
 def build_model(
@@ -54,7 +56,15 @@ def build_model(
     training = config.training
     torch.manual_seed(training.seed)
     if model_factory is not None:
-        model = model_factory(training.model_scale)
+        model = make_model(model_factory, config)
+        if mesh is None:
+            check_model(model.to(device), model_factory, config, device)
+        elif not isinstance(model, ReasoningTransformer):
+            raise ConfigError(
+                f"training.parallel = {training.parallel.value}: would divide the weights, which "
+                f"Svend's own transformer is made for, and the factory's model is a "
+                f"{type(model).__name__}; set training.parallel=ddp"
+            )
     else:
         with torch.device("meta"):
             model = ReasoningTransformer(
@@ -80,11 +90,7 @@ def registered_name(
 ) -> str:
     """Return the name in the registry: an own model never enters the one of a scale."""
     assert config.model is not None  # set by PipelineConfig.resolve
-    if model_factory is None:
-        return config.model.name
-    own = getattr(getattr(model, "config", None), "name", None)
-    scale = config.training.model_scale.value
-    return own if isinstance(own, str) and own != config.model.name else f"custom-{scale}"
+    return config.model.name if model_factory is None else own_model_name(model, config)
 
 
 def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:

@@ -35,12 +35,13 @@ from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import Job, prepare_job
 from svend.pipeline.nested import NestedRun
 from svend.pipeline.outcome import Ending, PipelineResult
+from svend.pipeline.own_model import ModelFactory, describe_model, find_model_factory
 from svend.pipeline.record import record_verdicts
 from svend.pipeline.replica import stage_steps
 from svend.pipeline.report import TrainingProgress, show_checks, show_plan
 from svend.pipeline.run_evaluation import evaluate_benchmarks, evaluate_heldout
 from svend.pipeline.run_folder import RunFolder
-from svend.pipeline.run_model import ModelFactory, build_model, planned_model
+from svend.pipeline.run_model import build_model, planned_model
 from svend.pipeline.saving import begin_save
 from svend.pipeline.step_log import StepLog
 from svend.pipeline.validation import PipelineValidator, ValidationGate
@@ -61,7 +62,8 @@ LAST_WORD_SECONDS = 2.0
 class ScaleRunner:
     """Runs one scale: `run()` trains it as a tracked run and returns how it ended.
 
-    model_factory: builds the model of a scale in place of ReasoningTransformer. nested: what a
+    model_factory: builds the model of a scale in place of ReasoningTransformer; without one, what
+    the configuration names as that, if anything. nested: what a
     sweep or a ladder wants of the run. custom_gates: decided at FULL, beside the built-in ones.
     owns_process: whether it may end the process, at the end of the grace time after a signal.
     """
@@ -76,7 +78,7 @@ class ScaleRunner:
         owns_process: bool = False,
     ) -> None:
         self.config = config
-        self.model_factory = model_factory
+        self.model_factory = find_model_factory(config, model_factory)
         self.nested = nested
         self.owns_process = owns_process
         self.validator = PipelineValidator(
@@ -140,7 +142,7 @@ class ScaleRunner:
                 self._gatekeeper.require_full(job)
             except BaseException as error:
                 ending = Ending.by(error, self.config.checkpoint_dir)
-                if ending.is_bug:
+                if ending.unexpected:
                     raise
             finally:
                 signals.closing()
@@ -203,8 +205,10 @@ class ScaleRunner:
                 config, tracked, folder, self.model_factory, self.validator.gates, self._console,
                 crew, force=force,
             )
+        factory = self.model_factory
+        own = "" if factory is None else describe_model(job.state.model, factory, config)
         show_plan(self._console, job.config, job.plan, job.corpus, job.sequences,
-                  describe_device(job.device), job.carried, job.sharing)
+                  describe_device(job.device), job.carried, job.sharing, own)
         if self.nested is not None:
             self.nested.prepared(job)
         return job
@@ -440,7 +444,7 @@ def follow_runs(config: PipelineConfig, *, once: bool) -> None:
     stay_for_orders()
     keep_freed_memory()
     crew, device = runner.meet(find_place()), resolve_device(config.training.device)
-    while not isinstance(follow_run(None, device, crew), Farewell):
+    while not isinstance(follow_run(runner.model_factory, device, crew), Farewell):
         pass
 
 

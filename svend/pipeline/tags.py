@@ -7,3 +7,5 @@ LADDER_TAG, RUNG_TAG, TREND_TAG = "svend.ladder", "svend.ladder.rung", "svend.la
 STRESS_TAG = "svend.ladder.stress"
 # The run of the scale below, and of the sweep that found the hyperparameters.
 PARENT_SCALE_TAG, SWEEP_TAG = "svend.parent_scale_run_id", "svend.hparams.run_id"
+# The description on a run's page, in Markdown.
+NOTE_TAG = "mlflow.note.content"

@@ -265,15 +265,13 @@ class PipelineValidator:
         self.history.append(verdict)
         return verdict
 
-    def validate_quick(
-        self, model: nn.Module, loss: float, step: int, evidence: Evidence | None = None
-    ) -> ValidationResult:
+    def validate_quick(self, model: nn.Module, loss: float, step: int) -> ValidationResult:
         """Decide QUICK: is the loss sane, is every weight finite?"""
         measurements = {
             "loss": Measurement(loss),
             "nonfinite_parameters": Measurement(count_nonfinite(model)),
         }
-        return self.decide(GateLevel.QUICK, measurements, evidence or Evidence(step=step))
+        return self.decide(GateLevel.QUICK, measurements, Evidence(step=step))
 
     def validate_standard(
         self,

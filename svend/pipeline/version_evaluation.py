@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from svend.command import tell, tell_next
 from svend.data.corpus import Corpus, build_corpus
+from svend.data.schemas import BUILT_IN
 from svend.data.stream import PackedSequences
 from svend.data.tokenised import Progress
 from svend.data.tokenizer import DocumentTokenizer
@@ -20,11 +22,16 @@ from svend.evaluation.harness import check_tokenizer
 from svend.evaluation.heldout import HeldoutLoss, measure_heldout_loss
 from svend.evaluation.measurement import Measurement
 from svend.models.transformer import ReasoningTransformer
-from svend.pipeline.benchmarking import Evaluation, evaluate_model, read_questions
+from svend.pipeline.benchmarking import (
+    Evaluation,
+    check_answers,
+    evaluate_model,
+    read_questions,
+)
 from svend.pipeline.config import PipelineConfig, load_saved_config
 from svend.pipeline.console import make_console
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
-from svend.pipeline.loading import CONFIG_FILE, names_code
+from svend.pipeline.loading import CONFIG_FILE, MODEL_FACTORY, OWN_SOURCES, names_code
 from svend.pipeline.moves import Moves
 from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.record import (
@@ -54,11 +61,11 @@ class LoadedVersion:
 
     version: OpenedVersion
     config: PipelineConfig
-    model: ReasoningTransformer
+    model: nn.Module
     tokenizer: DocumentTokenizer
     sha256: str
     device: torch.device
-    own_code_given: bool  # by hand, not by the version's config
+    own_sources_given: bool  # by hand, not by the version's config
 
 
 def load_version(model_uri: str, overrides: Sequence[tuple[str, str]] = ()) -> LoadedVersion:
@@ -84,17 +91,23 @@ def load_files(
     precision = resolve_precision(config.training.precision, device)
     check_precision(precision, device)
     config = replace(config, training=replace(config.training, precision=precision))
-    model = load_version_model(version.folder, config, device)
+    given = [key for key, _ in overrides]
+    model = load_version_model(
+        version.folder, config, device,
+        runs_factory=any(names_code(key, [MODEL_FACTORY]) for key in given),
+    )
     tokenizer = load_version_tokenizer(version.folder)
-    check_tokenizer(model, tokenizer)
-    own_code_given = any(names_code(key) for key, _ in overrides)
-    return LoadedVersion(version, config, model, tokenizer, sha256, device, own_code_given)
+    if isinstance(model, ReasoningTransformer):
+        check_tokenizer(model, tokenizer)
+    own_sources_given = any(names_code(key, [OWN_SOURCES]) for key in given)
+    return LoadedVersion(version, config, model, tokenizer, sha256, device, own_sources_given)
 
 
 def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[list[int]]:
     """Return the token ids of documents that the version was not trained on."""
     heldout = build_version_corpus(loaded, report).heldout
-    longest = loaded.model.config.max_position_embeddings
+    assert loaded.config.model is not None  # set by PipelineConfig.resolve
+    longest = loaded.config.model.max_position_embeddings
     return [
         heldout.tokens.read(int(start), min(int(length), longest)).tolist()
         for start, length in zip(heldout.starts[:count], heldout.lengths[:count], strict=True)
@@ -115,6 +128,7 @@ def evaluate_version(
     asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")
     loaded = load_version(model_uri, [asked, *overrides])
     version, config, sha256 = loaded.version, loaded.config, loaded.sha256
+    check_answers(config, loaded.model)
     questions = read_questions(config)
     step = int(version.tags.get("svend.step", "0"))
     tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
@@ -171,15 +185,18 @@ def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
     Raises ConfigError where the version names code of its own to read them with: a registry is
     data, and what is in it is imported only where it was given by hand.
     """
-    training = loaded.config.training
-    if training.data.own_sources and not loaded.own_code_given:
+    training, model = loaded.config.training, loaded.config.model
+    assert model is not None  # set by PipelineConfig.resolve
+    strange = [own.to_document for own in training.data.own_sources
+               if own.to_document not in BUILT_IN]
+    if strange and not loaded.own_sources_given:
         raise ConfigError(
             f"model {loaded.version.name} version {loaded.version.version}: its config names "
-            f"{training.data.own_sources[0].to_document} to read its data with, which is not run "
-            "unasked; if you trust it, give --data.own_sources again"
+            f"{strange[0]} to read its data with, which is not run unasked; if you trust it, give "
+            "--data.own_sources again"
         )
     own = replace(training.data, tokenizer=str(loaded.version.folder / TOKENIZER))
-    return build_corpus(own, loaded.model.config.vocab_size, training.data_seed, report)
+    return build_corpus(own, model.vocab_size, training.data_seed, report)
 
 
 def _decide(

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
-from svend.errors import CheckpointError, one_line
+from svend.errors import CheckpointError, ConfigError, one_line
 from svend.models.config import BaseShape, TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.loading import CONFIG_FILE
+from svend.pipeline.own_model import find_model_factory, make_model
 from svend.pipeline.state_files import read_state
 
 WEIGHTS = "model.safetensors"
@@ -53,31 +55,62 @@ def write_weights(checkpoint_weights: Path, path: Path) -> None:
 
 
 def load_version_model(
-    folder: Path, config: PipelineConfig, device: torch.device
-) -> ReasoningTransformer:
+    folder: Path, config: PipelineConfig, device: torch.device, *, runs_factory: bool = False
+) -> nn.Module:
     """Return the model of a version's folder, ready to answer.
 
-    Raises CheckpointError for weights that cannot be read, or do not fit.
+    runs_factory: whether the function that the config names may be run; a registry is data, and
+    what it names is run only where a person asked for it. Raises CheckpointError for weights that
+    cannot be read, or do not fit, ConfigError for a factory that may not be run.
     """
-    assert config.model is not None  # set by PipelineConfig.resolve
     path = folder / WEIGHTS
-    with torch.device("meta"):
-        model = ReasoningTransformer(
-            TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
-        )
+    model = _model_of(config, runs_factory=runs_factory)
     try:
         state = load_file(path)
     except Exception as error:  # noqa: BLE001 - an unknown dtype or a size beyond memory, too
         raise CheckpointError(f"{path}: cannot be read ({one_line(error)[:200]})") from None
     try:
-        model.load_state_dict(state, assign=True)
+        # What a factory made has its weights, some of them tied: they are written over.
+        model.load_state_dict(state, assign=config.model_factory is None)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: does not fit the architecture in its {CONFIG_FILE} "
-            f"({one_line(error)[:200]})"
+            f"({one_line(error)[:200]}); where a factory made the model, give it as "
+            "--model_factory file.py:function"
         ) from None
     # Of a run with weights in bf16, too: wider, and the same numbers.
     return model.float().to(device).eval()
+
+
+def _model_of(config: PipelineConfig, *, runs_factory: bool) -> nn.Module:
+    """Return a model as the config says, its weights still to be loaded."""
+    assert config.model is not None  # set by PipelineConfig.resolve
+    if config.model_factory is None:
+        with torch.device("meta"):
+            return ReasoningTransformer(
+                TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
+            )
+    if not runs_factory:
+        raise ConfigError(
+            f"model_factory = {config.model_factory}: makes the model of this version, and is not "
+            f"run unasked; if you trust it, give --model_factory {config.model_factory}"
+        )
+    factory = find_model_factory(config)
+    assert factory is not None
+    return make_model(factory, config)
+
+
+def answering_model(model: nn.Module, what: str) -> ReasoningTransformer:
+    """Return a version's model where it is Svend's own transformer; else raise ConfigError.
+
+    what: that needs it, for the message.
+    """
+    if not isinstance(model, ReasoningTransformer):
+        raise ConfigError(
+            f"{what} needs Svend's own transformer, and this version's model is a "
+            f"{type(model).__name__}"
+        )
+    return model
 
 
 def load_version_tokenizer(folder: Path) -> DocumentTokenizer:

@@ -54,6 +54,7 @@ class GpuPlan:
 
     @property
     def fits(self) -> bool:
+        """Whether a GPU holds what it is planned to hold."""
         return self.memory.total <= self.gpu.memory_bytes
 
     @property
@@ -63,6 +64,7 @@ class GpuPlan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all GPUs."""
         training = self.training
         assert training.data.max_seq_length is not None  # set by PipelineConfig.resolve
         return (training.batch_size * training.gradient_accumulation_steps
@@ -70,28 +72,33 @@ class GpuPlan:
 
     @property
     def flops_per_token(self) -> int:
+        """Model FLOPs of a training step, per token; what is computed again is not counted."""
         assert self.training.data.max_seq_length is not None  # set by PipelineConfig.resolve
         return train_flops_per_token(self.model, self.training.data.max_seq_length)
 
     @property
     def peak_flops(self) -> float:
-        fp32 = self.training.precision is Precision.FP32
-        return self.gpu.fp32_flops if fp32 else self.gpu.bf16_flops
+        """FLOPs per second that the GPU's data sheet promises in the precision computed in."""
+        return self._peak_flops_of(self.training)
 
     @property
     def step_seconds(self) -> float:
+        """Seconds of an optimizer step."""
         return self.seconds_of(self.training, self.gpus) * self.tokens_per_step / self.tokens
 
     @property
     def gpu_hours(self) -> float:
+        """Hours of one GPU for all tokens."""
         return self.seconds_of(self.training, 1) / 3600
 
     def seconds_of(self, training: TrainingConfig, gpus: int) -> float:
         """Return the seconds of all tokens; what GPUs tell one another is not counted."""
-        fp32 = training.precision is Precision.FP32
-        peak = self.gpu.fp32_flops if fp32 else self.gpu.bf16_flops
         computed = computed_flops_per_token(self.model, training) * self.tokens
-        return computed / (gpus * self.mfu * peak)
+        return computed / (gpus * self.mfu * self._peak_flops_of(training))
+
+    def _peak_flops_of(self, training: TrainingConfig) -> float:
+        fp32 = training.precision is Precision.FP32
+        return self.gpu.fp32_flops if fp32 else self.gpu.bf16_flops
 
 
 def plan_on_gpus(

@@ -12,10 +12,9 @@ from svend.errors import ConfigError
 class Gpu:
     """A GPU. FLOPs per second are dense, without sparsity's factor of two.
 
-    device_name: what CUDA calls it, or a part of that.
-
-    memory_bytes: in decimal GB as in its name. The driver shows a few percent more on most, and on
-    those with ECC in their memory less, which is then what stands here.
+    device_name: what CUDA calls it, or a part of that. memory_bytes: as many decimal GB as its name
+    says. The driver shows a few percent more on most, and less on those with ECC in their memory,
+    for which that stands here.
     """
 
     name: str

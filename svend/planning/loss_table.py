@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from svend.errors import UserError, one_line
+from svend.errors import UserError, reason_of
 from svend.planning.scaling_law import Point
 
 PARAMETERS, TOKENS = "parameters", "tokens"
@@ -25,8 +25,7 @@ def read_points(path: Path, loss_column: str | None = None) -> list[Point]:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)[:200]
-        raise UserError(f"{path}: cannot be read as CSV ({reason})") from None
+        raise UserError(f"{path}: cannot be read as CSV ({reason_of(error)})") from None
     loss_column = loss_column or _find_loss(table, path)
     for column in (PARAMETERS, TOKENS, loss_column):
         if column not in table:

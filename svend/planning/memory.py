@@ -57,15 +57,18 @@ class MemoryPlan:
 
     @property
     def tensors(self) -> int:
+        """Bytes in tensors."""
         return (self.weights + self.gradients + self.optimizer + self.activations + self.logits
                 + self.buffers + self.snapshot)
 
     @property
     def overhead(self) -> int:
+        """Bytes that the allocator holds beyond the tensors."""
         return round(self.allocator_share * self.tensors)
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.process + self.tensors + self.overhead
 
     def parts(self) -> dict[str, int]:

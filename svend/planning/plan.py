@@ -40,16 +40,22 @@ class RunSize:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the whole run, padding included."""
         return self.total_steps * self.tokens_per_step
 
     @property
     def flops(self) -> float:
+        """Model FLOPs of the whole run."""
         return float(self.tokens) * self.flops_per_token
 
 
 @dataclass(frozen=True)
 class RunPlan(RunSize):
-    """Figures of a run before step 1. Times are predicted from measurements on this machine."""
+    """Figures of a run before step 1. Times are predicted from measurements on this machine.
+
+    peak_flops: FLOPs per second of a large matrix product. seconds: of the whole run, its held-out
+    losses included, benchmarks not.
+    """
 
     peak_flops: float
     memory: MemoryPlan

@@ -69,6 +69,7 @@ def _answer(
     import uvicorn
 
     from svend.pipeline.version_evaluation import load_version
+    from svend.pipeline.version_files import answering_model
     from svend.serving.app import make_app
     from svend.serving.engine import Engine
     from svend.serving.openai_chat import Limits
@@ -76,7 +77,8 @@ def _answer(
     loaded = load_version(known.uri, [*HERE, *overrides])
     name = loaded.version.name
     with Engine(
-        loaded.model, loaded.tokenizer, loaded.config.training.precision, lanes=known.lanes,
+        answering_model(loaded.model, "serve"), loaded.tokenizer,
+        loaded.config.training.precision, lanes=known.lanes,
         max_waiting=known.max_waiting, int8=known.int8,
     ) as engine:
         limits = Limits(known.max_tokens, timeout_seconds=known.timeout_seconds)

@@ -10,7 +10,11 @@ from typing import Any
 
 from svend.device import check_precision, resolve_device, resolve_precision
 from svend.pipeline.loading import CONFIG_FILE, load_saved_config
-from svend.pipeline.version_files import load_version_model, load_version_tokenizer
+from svend.pipeline.version_files import (
+    answering_model,
+    load_version_model,
+    load_version_tokenizer,
+)
 from svend.serving.command import HERE
 from svend.serving.engine import Engine
 from svend.serving.openai_chat import Limits, completion, read_request
@@ -30,7 +34,8 @@ class ChatModel:
         assert config.model is not None  # set by PipelineConfig.resolve
         self._name = config.model.name
         self._engine = Engine(
-            load_version_model(folder, config, device), load_version_tokenizer(folder), precision
+            answering_model(load_version_model(folder, config, device), "chat"),
+            load_version_tokenizer(folder), precision,
         )
         self._own_tools = self._engine.tool_declarations if tools else None
 

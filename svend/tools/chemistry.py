@@ -14,7 +14,7 @@ from svend.tools.tool import ToolError, define_tool, quote
 MAX_EQUATION_CHARACTERS = 300
 MAX_FORMULA_CHARACTERS = 80
 MAX_SUBSTANCES = 12
-MAX_DEPTH = 6
+MAX_GROUPS = 6  # in brackets of one kind
 # Atomic weights are known to four to six significant digits.
 MASS_DECIMALS = 3
 AMOUNT_DIGITS = 6
@@ -136,8 +136,8 @@ def _read_substance(formula: str) -> Substance:
     if text in ("e-", "e^-"):
         return Substance("e-", {}, -1, 0.0)
     base, charge = _split_charge(text)
-    depth = max(base.count("("), base.count("["))
-    if len(base) > MAX_FORMULA_CHARACTERS or depth > MAX_DEPTH or re.search(r"\d{5}", base):
+    groups = max(base.count("("), base.count("["))
+    if len(base) > MAX_FORMULA_CHARACTERS or groups > MAX_GROUPS or re.search(r"\d{5}", base):
         raise ToolError(f"the formula {quote(formula)} is too large")
     if not FORMULA.fullmatch(base):
         raise ToolError(f"{quote(formula)} is not a chemical formula, such as Ca(OH)2 or SO4^2-")

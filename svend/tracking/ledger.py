@@ -14,8 +14,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +29,8 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from svend.errors import TrackingError
+from svend.tracking.runs import remove_run
+from svend.tracking.store_errors import told_by_the_store
 
 T = TypeVar("T")
 EXPERIMENT = "svend-registry"
@@ -129,7 +130,7 @@ class Ledger:
                 except MlflowException as error:
                     if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                         raise
-                    retried(lambda: client.delete_run(run_id))
+                    retried(lambda: remove_run(client, run_id))
         ledger = cls.find(model)
         if ledger is None:
             raise TrackingError(
@@ -192,19 +193,6 @@ class Ledger:
                 raise
             return False
         return True
-
-
-@contextmanager
-def told_by_the_store(subject: str) -> Iterator[None]:
-    """Turn what MLflow raises into one line for the user."""
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise TrackingError(
-            f"{subject}: the store {mlflow.get_tracking_uri()} did not do it ({reason}); check "
-            "that it is up, and run the command again"
-        ) from error
 
 
 def retried(call: Callable[[], T]) -> T:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import getpass
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -19,11 +21,15 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils.credentials import read_mlflow_creds
 
 from svend.data.records import file_digest
 from svend.errors import TrackingError
 from svend.tracking.chat_model import describe_model
-from svend.tracking.ledger import retried, told_by_the_store
+from svend.tracking.delivery import is_missing, is_refusal
+from svend.tracking.ledger import retried
+from svend.tracking.runs import configure_mlflow
+from svend.tracking.store_errors import store_error, told_by_the_store
 
 CHECKPOINT_TAG = "svend.checkpoint_sha256"
 VERSION_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -54,8 +60,8 @@ class OpenedVersion:
 def open_version(uri: str) -> OpenedVersion:
     """Return the version that `models:/name/3` or `models:/name@alias` stands for.
 
-    Files in a local store are used where they lie, others are fetched. Raises TrackingError, in
-    one line, for an address of another form, or one that leads nowhere.
+    Files in a local store are used where they lie, others are fetched, and go with this process.
+    Raises TrackingError, in one line, for an address of another form, or one that leads nowhere.
     """
     parsed = VERSION_URI.fullmatch(uri)
     if parsed is None:
@@ -64,6 +70,7 @@ def open_version(uri: str) -> OpenedVersion:
             "models:/NAME@ALIAS"
         )
     name, alias = parsed["name"], parsed["alias"]
+    configure_mlflow()
     client = MlflowClient()
     try:
         found = (
@@ -73,12 +80,13 @@ def open_version(uri: str) -> OpenedVersion:
         experiment_id = client.get_run(str(found.run_id)).info.experiment_id
         experiment = str(client.get_experiment(experiment_id).name)
         location = client.get_model_version_download_uri(name, str(found.version))
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+        place = None if _local_folder(location) else tempfile.mkdtemp(dir=_fetched())
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=place))
     except (MlflowException, OSError) as error:
-        known = _known_versions(client, name)
-        raise TrackingError(
-            f"model {uri}: {str(error).splitlines()[0][:200]}; {known} in "
-            f"{mlflow.get_tracking_uri()}"
+        told = isinstance(error, MlflowException) and (is_missing(error) or is_refusal(error))
+        raise store_error(
+            f"model {uri}: not read from {mlflow.get_tracking_uri()}", error,
+            _known_versions(client, name) if told else "check that it is up",
         ) from error
     return OpenedVersion(
         name, str(found.version), found.run_id, experiment, dict(found.tags), folder
@@ -131,7 +139,7 @@ def tags_of_version(name: str, version: str) -> dict[str, str] | None:
 
 def acting_user() -> str:
     """Return who is at work: the tracking server's user, else the machine's, and the machine."""
-    name = os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    name = read_mlflow_creds().username or getpass.getuser()
     return f"{name}@{socket.gethostname()}"
 
 
@@ -212,13 +220,26 @@ def _place_files(
     client: MlflowClient, model_id: str, location: str, files: Sequence[Path]
 ) -> None:
     """Link each file into a local artifact store, or upload it."""
-    parsed = urlparse(location)
-    folder = Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+    folder = _local_folder(location)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     for path in files:
         if folder is None or not _linked(path, folder / path.name):
             client.log_model_artifact(model_id, str(path))
+
+
+def _local_folder(location: str) -> Path | None:
+    """Return the folder that an address in an artifact store is; None where it is none here."""
+    parsed = urlparse(location)
+    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+
+
+@cache
+def _fetched() -> Path:
+    """Return a folder for what this process fetches, which is removed as it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="svend-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _linked(path: Path, place: Path) -> bool:

@@ -26,8 +26,10 @@ from mlflow.tracking.context.registry import resolve_tags
 from svend.errors import TrackingError
 from svend.tracking.delivery import BATCH_LIMITS, Entry, EntryKind, deliver, is_missing
 from svend.tracking.keep_status import keep_status
+from svend.tracking.pages import prepare_scales_view
 from svend.tracking.runs import MAX_TAG_LENGTH, PARENT_TAG, RUN_ID, configure_mlflow
 from svend.tracking.spool import FLUSH_SECONDS, REASON_TAG, RunAddress, Spool, SpoolSender
+from svend.tracking.store_errors import is_access, store_error
 from svend.tracking.system_metrics import PREFIX, SystemMetrics
 from svend.tracking.wandb import WandbRun
 
@@ -58,7 +60,10 @@ class TrackedRun:
     def begin(
         cls, experiment_name: str, run_name: str, parent_run_id: str | None = None
     ) -> TrackedRun:
-        """Join the run that `mlflow run` made, or begin one in the experiment, below a parent."""
+        """Join the run that `mlflow run` made, or begin one in the experiment, below a parent.
+
+        The experiment gets the view that is prepared for scales.
+        """
         joined = os.environ.pop(RUN_ID, None)
         configure_mlflow()
         client = MlflowClient()
@@ -75,10 +80,11 @@ class TrackedRun:
                 info = client.create_run(
                     experiment.experiment_id, run_name=run_name, tags=resolve_tags(tags)
                 ).info
+            prepare_scales_view(info.experiment_id)
         except (MlflowException, OSError) as error:
-            raise TrackingError(
-                f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:300]}; "
-                "check MLFLOW_TRACKING_URI and that the server is up"
+            raise store_error(
+                f"tracking store {mlflow.get_tracking_uri()}: begins no run", error,
+                "check MLFLOW_TRACKING_URI and that the server is up",
             ) from error
         return cls(_address_of(info), _Direct(info.run_id), 0,
                    started_by_mlflow_run=joined is not None)
@@ -94,7 +100,7 @@ class TrackedRun:
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
-            raise _unknown_run(run_id, error) from error
+            raise _not_shown(run_id, error) from error
         _file_attempt(client, _take_attempt(), run_id, str(run.info.run_name))
         load = next((key for key in run.data.metrics if key.startswith(PREFIX)), None)
         steps = [-1 if load is None else max(
@@ -109,7 +115,7 @@ class TrackedRun:
         """Go on with the run whose spool lies in a folder; its store need not answer.
 
         notify: shows the user a line. Raises TrackingError if the store answers that it does not
-        have the run.
+        have the run, or does not take what this user says of it.
         """
         configure_mlflow()
         spool = Spool.open(folder)
@@ -119,8 +125,9 @@ class TrackedRun:
             client.get_run(address.run_id)
             _file_attempt(client, attempt, address.run_id, address.name)
         except (MlflowException, OSError) as error:
-            if isinstance(error, MlflowException) and is_missing(error):
-                raise _unknown_run(address.run_id, error) from error
+            # One that is away may come back; one that answers so will do so at the end too.
+            if is_access(error) or (isinstance(error, MlflowException) and is_missing(error)):
+                raise _not_shown(address.run_id, error) from error
         spool.address = replace(address, tracking_uri=str(mlflow.get_tracking_uri()))
         last = spool.last_step(PREFIX)
         tracked = cls(spool.address, spool, 0 if last is None else last + 1,
@@ -346,11 +353,10 @@ def _file_attempt(client: MlflowClient, attempt: str | None, run_id: str, name: 
         client.set_tag(attempt, "mlflow.runName", f"resumption of {name}")
 
 
-def _unknown_run(run_id: str, error: Exception) -> TrackingError:
-    return TrackingError(
-        f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
-        f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that it was "
-        "begun in"
+def _not_shown(run_id: str, error: Exception) -> TrackingError:
+    return store_error(
+        f"tracking store {mlflow.get_tracking_uri()}: does not show the run {run_id}", error,
+        "set MLFLOW_TRACKING_URI to the store that it was begun in",
     )
 
 

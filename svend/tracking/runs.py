@@ -15,6 +15,7 @@ from svend.errors import TrackingError
 from svend.tracking.delivery import is_missing
 from svend.tracking.keep_status import keep_status
 from svend.tracking.spool import REASON_TAG
+from svend.tracking.store_errors import is_forbidden, store_error
 
 RUN_ID = "MLFLOW_RUN_ID"  # set by `mlflow run` for the run that it made
 PARENT_TAG = "mlflow.parentRunId"
@@ -36,9 +37,9 @@ def fetch_artifact(uri: str, folder: Path) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"{uri}: not in the tracking store {mlflow.get_tracking_uri()} "
-            f"({str(error).splitlines()[0][:200]}); check the run's id and MLFLOW_TRACKING_URI"
+        raise store_error(
+            f"{uri}: not in the tracking store {mlflow.get_tracking_uri()}", error,
+            "check the run's id and MLFLOW_TRACKING_URI",
         ) from error
 
 
@@ -84,7 +85,7 @@ def run_shows(run_id: str, metric: str, value: float) -> bool:
     try:
         return any(point.value == value for point in client.get_metric_history(run_id, metric))
     except MlflowException as error:
-        if not is_missing(error):
+        if not _is_missing_run(error):
             raise
         return False
 
@@ -98,9 +99,9 @@ def metric_history(run_id: str, metric: str) -> dict[int, float]:
     try:
         points = client.get_metric_history(run_id, metric)
     except MlflowException as error:
-        raise TrackingError(
-            f"tracking store {mlflow.get_tracking_uri()}: {str(error).splitlines()[0][:200]}; "
-            "check the run's id and MLFLOW_TRACKING_URI"
+        raise store_error(
+            f"tracking store {mlflow.get_tracking_uri()}: does not give {metric} of {run_id}",
+            error, "check the run's id and MLFLOW_TRACKING_URI",
         ) from error
     return {point.step: point.value for point in sorted(points, key=lambda p: p.timestamp)}
 
@@ -110,9 +111,18 @@ def tags_of(run_id: str) -> dict[str, str]:
     try:
         return dict(MlflowClient().get_run(run_id).data.tags)
     except MlflowException as error:
-        if not is_missing(error):
+        if not _is_missing_run(error):
             raise
         return {}
+
+
+def _is_missing_run(error: MlflowException) -> bool:
+    """Whether the store has no such run.
+
+    A server that asks for passwords does not say that to those who may not know: for a run that
+    is not there it answers as for one that is not shown.
+    """
+    return is_missing(error) or is_forbidden(error)
 
 
 def experiment_of(run_id: str) -> str:
@@ -121,9 +131,9 @@ def experiment_of(run_id: str) -> str:
     try:
         experiment_id = client.get_run(run_id).info.experiment_id
     except MlflowException as error:
-        raise TrackingError(
-            f"tracking store {mlflow.get_tracking_uri()}: does not have the run {run_id} "
-            f"({str(error).splitlines()[0][:200]}); set MLFLOW_TRACKING_URI to the store that has"
+        raise store_error(
+            f"tracking store {mlflow.get_tracking_uri()}: does not show the run {run_id}", error,
+            "set MLFLOW_TRACKING_URI to the store that has it",
         ) from error
     return str(client.get_experiment(experiment_id).name)
 
@@ -164,6 +174,16 @@ def joined_experiment_name() -> str | None:
     return None if name == DEFAULT_EXPERIMENT else name
 
 
+def remove_run(client: MlflowClient, run_id: str) -> None:
+    """Delete a run that is of no use; where only its experiment's owner may, mark it as such."""
+    try:
+        client.delete_run(run_id)
+    except MlflowException as error:
+        if not is_forbidden(error):
+            raise
+        client.set_tag(run_id, "mlflow.note.content", "Of no use; may be deleted.")
+
+
 def check_tracking_store() -> str:
     """Write a run to the tracking store, read it back and delete it; return the store's address.
 
@@ -178,10 +198,10 @@ def check_tracking_store() -> str:
         client.log_metric(run_id, "check", 1.0)
         written = client.get_run(run_id).data.metrics
         client.set_terminated(run_id)
-        client.delete_run(run_id)
+        remove_run(client, run_id)
     except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"tracking store {uri}: {str(error).splitlines()[0][:300]}; check MLFLOW_TRACKING_URI"
+        raise store_error(
+            f"tracking store {uri}: does not take a run", error, "check MLFLOW_TRACKING_URI"
         ) from error
     if written != {"check": 1.0}:
         raise TrackingError(f"tracking store {uri}: gave back {written} for a metric of 1")

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from svend.errors import TrackingError
 from svend.tracking.delivery import Entry, EntryKind, deliver, is_refusal
+from svend.tracking.store_errors import reason_of, store_error
 
 SPOOL = "tracking"  # the spool's folder in a run's folder
 ENTRIES, SENT, ADDRESS = "entries.jsonl", "sent", "address.json"
@@ -271,7 +272,7 @@ class SpoolSender:
                 self._changed.notify_all()
 
     def _note_failure(self, error: Exception) -> None:
-        self._reason = _reason_of(error)
+        self._reason = reason_of(error)
         if self._failed_since is None:
             self._failed_since = time.monotonic()
             self._notify(
@@ -299,10 +300,10 @@ def send_rest(
         try:
             count += send_chunk(client, spool, sent, notify)
         except (MlflowException, OSError) as error:
-            raise TrackingError(
+            raise store_error(
                 f"tracking store {spool.address.tracking_uri}: does not take what waits in "
-                f"{spool.folder} ({_reason_of(error)}); bring it back, or set MLFLOW_TRACKING_URI "
-                "to where the run is now"
+                f"{spool.folder}", error,
+                "bring it back, or set MLFLOW_TRACKING_URI to where the run is now",
             ) from error
         sent = spool.sent
     return count
@@ -347,7 +348,7 @@ def _deliver_each(
             with (spool.folder / REFUSED).open("a", encoding="utf-8") as stream:
                 stream.write(entry.to_line())
             notify(f"warning: tracking: the store refuses {entry.kind.value} for good "
-                   f"({_reason_of(error)}); kept in {spool.folder / REFUSED}")
+                   f"({reason_of(error)}); kept in {spool.folder / REFUSED}")
 
 
 def _length_of_whole_lines(path: Path) -> int:
@@ -362,10 +363,6 @@ def _length_of_whole_lines(path: Path) -> int:
                 return start + found + 1
             end = start
     return 0
-
-
-def _reason_of(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -51,10 +51,12 @@ class Ranks:
 
     @property
     def rank(self) -> int:
+        """The number of this process, 0 for the one that leads."""
         return self.place.rank
 
     @property
     def size(self) -> int:
+        """How many processes there are."""
         return self.place.size
 
     def sum_count(self, count: int) -> int:

@@ -282,18 +282,18 @@ class CheckpointManager:
         optimizer: Stateful | None = None,
         scheduler: Stateful | None = None,
         scaler: Stateful | None = None,
-        wanted: Callable[[Checkpoint], bool] = lambda _: True,
     ) -> tuple[int, int, dict[str, Any]]:
         """Load the newest checkpoint that is intact; return step, epoch and extra state.
 
-        A damaged one is named in a warning and passed over, one not `wanted` in silence. Raises
-        CheckpointError if none is left.
+        A damaged one is named in a warning and passed over. Raises CheckpointError if none is left.
         """
-        checkpoint = self.find_latest(wanted)
-        return self.load(checkpoint, model, optimizer, scheduler, scaler)
+        return self.load(self.find_latest(), model, optimizer, scheduler, scaler)
 
     def find_latest(self, wanted: Callable[[Checkpoint], bool] = lambda _: True) -> Checkpoint:
-        """Return the newest checkpoint that is intact, as `load_latest` does."""
+        """Return the newest checkpoint that is intact, as `load_latest` does.
+
+        One that is not `wanted` is passed over in silence.
+        """
         for checkpoint in filter(wanted, reversed(self._look())):
             try:
                 return self._intact(checkpoint)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from svend import __version__
-from svend.errors import ConfigError
+from svend.errors import ConfigError, PermissionRefused
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
 from svend.pipeline.compare.report import comparability_line, comparison_html, count_runs
@@ -26,9 +26,9 @@ from svend.pipeline.compare.runs import (
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
 from svend.pipeline.console import make_console
 from svend.pipeline.outcome import ended_as_left
+from svend.pipeline.tags import NOTE_TAG
 from svend.tracking.environment import environment_tags
 from svend.tracking.history import LoggedRun
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.pages import (
     compare_page,
     is_local,
@@ -38,6 +38,7 @@ from svend.tracking.pages import (
 )
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH, configure_mlflow, joined_experiment_name, store_uri
+from svend.tracking.store_errors import told_by_the_store
 
 PAGE, TABLE, CURVES = "comparison.html", "comparison", "curves.parquet"
 RUN_NAME = "comparison"
@@ -48,7 +49,7 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> dict[str
     """Write the report of the runs into a folder, log it, and return where it is and the table.
 
     Raises UserError where a run is unknown or has no loss, or the folder cannot be written;
-    nothing is written then.
+    nothing is written then. A user who may only read has the files, and the store has no run.
     """
     configure_mlflow()
     _check_folder(out)
@@ -63,11 +64,17 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> dict[str
         folder = Path(place)
         _write(comparison, folder, pages)
         _put(folder, out)
-        with told_by_the_store(f"{out / PAGE}, written but not logged"):
-            run_id = _log(folder, experiment, runs, comparison)
-            for experiment_id in {run.experiment_id for run in runs}:
-                prepare_scales_view(experiment_id)
-    _say(make_console(), comparison, out, run_id, pages)
+        run_id, refusal = None, None
+        try:
+            with told_by_the_store(f"{out / PAGE}, written but not logged"):
+                run_id = _log(folder, experiment, runs, comparison)
+                for experiment_id in {run.experiment_id for run in runs}:
+                    prepare_scales_view(experiment_id)
+        except PermissionRefused as refused:
+            # Who may only read may compare, and has the files.
+            refusal = refused
+    logged = f"run {run_id}" if refusal is None else f"no: {refusal}"
+    _say(make_console(), comparison, out, logged, pages)
     return {
         "report": (out / PAGE).absolute(), "folder": out.absolute(), "run_id": run_id,
         "left_out": comparison.left_out, "runs": comparison.runs.to_dict("records"),
@@ -134,7 +141,7 @@ def _log(
         tracked.set_tags({
             **environment_tags(),
             COMPARISON: ",".join(run.run_id for run in runs)[:MAX_TAG_LENGTH],
-            "mlflow.note.content": comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
+            NOTE_TAG: comparability_line(comparison.runs)[:MAX_TAG_LENGTH],
         })
         tracked.log_artifacts(folder, RUN_NAME)
         tracked.flush()
@@ -154,7 +161,7 @@ def _pages(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
 
 
 def _say(
-    console: Console, comparison: Comparison, out: Path, run_id: str,
+    console: Console, comparison: Comparison, out: Path, logged: str,
     pages: Sequence[tuple[str, str]],
 ) -> None:
     """Print what the report says first, where it is, and what to type next."""
@@ -164,7 +171,7 @@ def _say(
         ("", comparability_line(comparison.runs)),
         ("report", str((out / PAGE).absolute())),
         ("table", f"{TABLE}.csv, {TABLE}.parquet and {CURVES} beside it"),
-        ("logged", f"run {run_id}"),
+        ("logged", logged),
         *pages,
     ]
     for label, text in lines:

@@ -38,19 +38,20 @@ from svend.pipeline.ladder.trend import (
     prediction_gates,
 )
 from svend.pipeline.outcome import Ending
+from svend.pipeline.own_model import ModelFactory, find_model_factory
 from svend.pipeline.report import show_next_steps
 from svend.pipeline.run_folder import RunFolder
-from svend.pipeline.run_model import ModelFactory, planned_model
+from svend.pipeline.run_model import planned_model
 from svend.pipeline.runner import PipelineResult, ScaleRunner
 from svend.pipeline.tags import LADDER_NAME_TAG, LADDER_TAG, PARENT_SCALE_TAG, RUNG_TAG, STRESS_TAG
 from svend.pipeline.validation import ValidationGate, ValidationResult
 from svend.planning.scaling_law import why_too_few
 from svend.tracking.environment import environment_tags
-from svend.tracking.ledger import told_by_the_store
 from svend.tracking.registry import acting_user
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import end_abandoned, experiment_of
 from svend.tracking.spool import ADDRESS, SPOOL
+from svend.tracking.store_errors import told_by_the_store
 
 LEFT_RUNNING = "its process was killed after it had ended"
 
@@ -206,7 +207,7 @@ class LadderClimb:
 
     def _new_attempt(self, scale: ModelScale, former: Attempt | None) -> Attempt:
         config = self._ladder.rungs[scale]
-        model = planned_model(config, self._means.model_factory)
+        model = planned_model(config, find_model_factory(config, self._means.model_factory))
         on_hold = former is not None and former.trend is Trend.HOLD
         return Attempt(
             scale=scale, number=1 if former is None else former.number + 1,

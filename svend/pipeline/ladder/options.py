@@ -20,7 +20,7 @@ from svend.pipeline.config import (
     load_config,
 )
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import full_key, split_overrides
+from svend.pipeline.loading import MODEL_FACTORY, full_key, split_overrides
 from svend.pipeline.options.defaults import require
 from svend.pipeline.schema import build, flatten, parse_value, set_at, to_tree
 
@@ -146,6 +146,12 @@ def load_ladder(
                           "--end")
     tree = read_group("ladder", name)
     of_ladder, of_rungs = split_overrides(overrides, PREFIX)
+    for key, text in of_rungs:
+        if key == MODEL_FACTORY:
+            raise ConfigError(
+                f"{key} = {text}: svend ladder reckons with the scales' own models; from Python, "
+                "PipelineRunner(config, model_factory=...).run_progressive() climbs with others"
+            )
     for key, text in of_ladder:
         tree = set_at(tree, _path(key), parse_value(text))
     settings = {scale: _settings(tree, scale) for scale in ORDER}

@@ -55,7 +55,9 @@ class PipelineRunner(ScaleRunner):
             (name, folder) for name in numbered
             if not (folder := ladder_folder(self.config.checkpoint_dir, name)).exists()
         )
-        means = Means(self.model_factory, validation_between_scales, self.owns_process)
+        # One that the configuration names is in that of every rung.
+        given = self.model_factory if self.config.model_factory is None else None
+        means = Means(given, validation_between_scales, self.owns_process)
         climb = LadderClimb(make_ladder(ladder, rungs), name, Path(folder), means)
         results = climb.go()
         self.validator.history += climb.verdicts

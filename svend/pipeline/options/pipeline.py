@@ -69,6 +69,7 @@ class PipelineConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     hparams: str | None = default("hparams")
     init_from: str | None = default("init_from")
+    model_factory: str | None = default("model_factory")
     preset: str = default("preset")
     strict_validation: bool = default("strict_validation")
     eval_benchmarks: list[str] = default("eval_benchmarks")

@@ -18,7 +18,8 @@ from svend.pipeline.promotion.audit import audit_model, repair_aliases
 from svend.pipeline.promotion.lineage import trace
 from svend.pipeline.promotion.standing import next_level
 from svend.pipeline.validation import GateLevel
-from svend.tracking.ledger import registered_models, told_by_the_store
+from svend.tracking.ledger import registered_models
+from svend.tracking.store_errors import told_by_the_store
 
 
 def promote(

@@ -13,7 +13,7 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, load_config
 from svend.pipeline.groups import read_group
-from svend.pipeline.loading import MAY_CHANGE, full_key, split_overrides, value_at
+from svend.pipeline.loading import MAY_CHANGE, MODEL_FACTORY, full_key, split_overrides, value_at
 from svend.pipeline.options.defaults import require
 from svend.pipeline.schema import build, parse_value, set_at, to_tree
 
@@ -232,6 +232,11 @@ def load_sweep(
     for key, text in of_sweep:
         tree = set_at(tree, _path(key), parse_value(text))
     for key, text in of_trials:
+        if key == MODEL_FACTORY:
+            raise ConfigError(
+                f"{key} = {text}: a sweep makes its proxy, and the second width that confirms it, "
+                "by model.*, which a factory does not read; try learning rates run by run"
+            )
         if key in SET_BY_SWEEP:
             raise ConfigError(f"{key} = {text}: a sweep sets it; give {SET_BY_SWEEP[key]}")
     if search is not None:

@@ -24,6 +24,7 @@ from svend.pipeline.sweep.confirmation import LEARNING_RATE, Candidate, Measured
 from svend.pipeline.sweep.options import Sweep
 from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import REASON, RUN, SweepStudy, origin_of
+from svend.pipeline.tags import NOTE_TAG
 from svend.tracking.environment import environment_tags
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import tags_of
@@ -74,7 +75,7 @@ def record_sweep(
     )
     tracked.set_tags({
         "svend.promotable": str(promotable).lower(),
-        "mlflow.note.content": _note(place, winner, rules, promotable),
+        NOTE_TAG: _note(place, winner, rules, promotable),
     })
     tracked.flush()
 
