@@ -58,6 +58,8 @@ def _run(call: Call) -> int:
     console = make_console()
     model, texts = load_model(scale, options.model, tell)
     console.print(describe_quantization(model, texts))
+    tell(f"timing {options.prompts} prompts, {options.rounds} turns each, beside "
+         f"{', '.join(options.peers)}")
     workloads = make_workloads(model.config.vocab_size, options.prompts)
     comparisons = compare(model, workloads, options.peers, options.rounds, tell)
     for comparison in comparisons:

@@ -11,6 +11,7 @@ from rich.table import Table
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, TrainingConfig, format_count
 from svend.pipeline.console import make_console, say
+from svend.pipeline.progress import CountProgress
 from svend.pipeline.report import format_seconds
 from svend.planning.gpu_plan import GpuPlan, plan_on_gpus
 from svend.planning.gpus import find_gpu
@@ -33,19 +34,22 @@ def preview_on_gpus(
     Nothing of this machine is looked at, and no data are read. Returns the figures of each.
     """
     gpu = find_gpu(gpu_name)
-    plans = []
     for config in configs:
         if config.model_factory is not None:
             raise ConfigError(
                 f"model_factory = {config.model_factory}: plan --gpu counts Svend's own "
                 "transformer part by part; leave out --gpu, or the factory"
             )
-        resolved = config.resolve()
-        assert resolved.model is not None  # set by resolve
-        plans.append(plan_on_gpus(
-            resolved.model, resolved.training, gpu, gpus=gpus, mfu=mfu, tokens=tokens
-        ))
-    console = make_console()
+    console, plans = make_console(), []
+    with CountProgress(console, "planned") as progress:
+        for config in configs:
+            resolved = config.resolve()
+            assert resolved.model is not None  # set by resolve
+            plans.append(plan_on_gpus(
+                resolved.model, resolved.training, gpu, gpus=gpus, mfu=mfu, tokens=tokens
+            ))
+            if len(configs) > 1:
+                progress.advance("scales", len(plans), len(configs))
     if len(plans) > 1:
         console.print(_scales_table(plans, dollars_per_gpu_hour))
         for line in _notes(plans):

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from svend import __version__
+from svend.command import tell
 from svend.errors import ConfigError, PermissionRefused
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
@@ -56,12 +57,14 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> dict[str
     with told_by_the_store("compare"):
         chosen = choose_runs(wanted)
         runs = order_runs(chosen.runs)
+        tell(f"compare: reading {len(runs)} runs, for a report in {out.absolute()}")
         comparison = read_comparison(runs, chosen.left_out, gpu_hour_price)
         experiment = joined_experiment_name() or runs[0].experiment
     pages = _pages(runs)
     # Beside nothing of the user's, until all of it is there.
     with TemporaryDirectory() as place:
         folder = Path(place)
+        tell("compare: drawing")
         _write(comparison, folder, pages)
         _put(folder, out)
         run_id, refusal = None, None

@@ -14,6 +14,7 @@ from svend.command import (
     add_switch,
     complete,
     is_on,
+    tell,
     tell_loading,
     tell_next,
 )
@@ -88,6 +89,9 @@ def _climb(call: Call, ladder: Ladder, name: str, folder: Path) -> int:
     from svend.pipeline.ladder.standing import Standing
     from svend.pipeline.runner import say_farewell
 
+    scales = [scale.value for scale in ladder.config.scales]
+    tell(f"ladder {name}: {', '.join(scales)}, a run each; {folder.absolute()} has where it stands. "
+         "--dry-run prints what it takes")
     climb = LadderClimb(ladder, name, folder, Means(owns_process=True))
     try:
         results = climb.go(Wish(is_on(call.options, "retry"), call.options.override))
