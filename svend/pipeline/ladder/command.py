@@ -90,8 +90,8 @@ def _climb(call: Call, ladder: Ladder, name: str, folder: Path) -> int:
     from svend.pipeline.runner import say_farewell
 
     scales = [scale.value for scale in ladder.config.scales]
-    tell(f"ladder {name}: {', '.join(scales)}, a run each; {folder.absolute()} has where it stands. "
-         "--dry-run prints what it takes")
+    tell(f"ladder {name}: {', '.join(scales)}, a run each; {folder.absolute()} says how far "
+         "it is, --dry-run what it takes")
     climb = LadderClimb(ladder, name, folder, Means(owns_process=True))
     try:
         results = climb.go(Wish(is_on(call.options, "retry"), call.options.override))
