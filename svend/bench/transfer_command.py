@@ -103,7 +103,7 @@ TRANSFER = Command(
     "at the first depth, depths at the first width; both firsts are CompleteP's base.",
     makes="a table, and what --json and --plot name",
     examples=(
-        "svend bench transfer --data README.md --widths 32 64 --depths 2 --seeds 1 --steps 10",
+        "svend bench transfer --data svend/evaluation/judge_sample.jsonl --widths 32 64 --steps 10",
         "svend bench transfer --data ../gsm8k/train.jsonl --json transfer.json",
         "svend bench transfer --data book.txt --optimizer muon --widths 64 256 --seeds 1",
     ),
