@@ -36,7 +36,7 @@ SMALLER = {
     "ladder": "--ladder.end small --ladder.tokens_per_parameter null --training.max_steps 40 "
               "--ladder.trend.hold_above 9 --ladder.trend.stop_above 9 "
               "--ladder.trend.early_stop_above 9 --ladder.trend.investigate_below -0.9 "
-              "--training.heldout_sequences 8 --data.max_seq_length 64 --data.num_samples 200 "
+              "--training.heldout_sequences 8 --data.max_seq_length 64 --data.num_samples 150 --model.vocab_size 320 "
               "--evaluation.problems 2 --evaluation.max_new_tokens 8 --health.every_steps null",
 }
 
