@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
 import time
 import urllib.request
 
@@ -36,7 +35,8 @@ SMALLER = {
     "ladder": "--ladder.end small --ladder.tokens_per_parameter null --training.max_steps 40 "
               "--ladder.trend.hold_above 9 --ladder.trend.stop_above 9 "
               "--ladder.trend.early_stop_above 9 --ladder.trend.investigate_below -0.9 "
-              "--training.heldout_sequences 8 --data.max_seq_length 64 --data.num_samples 150 --model.vocab_size 320 "
+              "--training.heldout_sequences 8 --data.max_seq_length 64 --data.num_samples 150 "
+              "--model.vocab_size 320 "
               "--evaluation.problems 2 --evaluation.max_new_tokens 8 --health.every_steps null",
 }
 
@@ -128,8 +128,4 @@ def serve(workplace: Workplace, command: str) -> None:
             assert time.monotonic() < deadline_seconds
             time.sleep(0.5)
     server.send_signal(signal.SIGINT)
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        raise
+    server.communicate(timeout=60)
