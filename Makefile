@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
 
-.PHONY: help run demo test test-slow check constraints licences audit clean
+.PHONY: help run demo test coverage test-slow check constraints licences audit clean
 
 help: ## List the targets
 	@grep -hE '^[a-z./-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -17,6 +17,12 @@ demo: .venv/installed ## Climb a ladder in miniature, and write its report
 
 test: .venv/installed ## Run the tests, without the slow ones
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
+
+coverage: .venv/installed ## Run the tests, and count the lines of svend/ that they reach
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 python -m coverage run -m pytest -m "not slow" -n 2 --dist worksteal
+	python -m coverage combine --quiet
+	python -m coverage report
 
 test-slow: .venv/installed ## Run the slow tests
 	python -m pytest -m slow

@@ -129,7 +129,7 @@ def render(packages: Sequence[Package], own: str) -> str:
         (p.name, p.version, p.licence, p.kind, p.group.lower()) for p in called_out
     )) if called_out else "None.\n")
     told = {RUNTIME: "what `pip install svend` brings",
-            EXTRAS: "only with the extras bench, float8, lowbit, postgres and wandb",
+            EXTRAS: "only with the extras bench, float8, lowbit, postgres, server and wandb",
             DEVELOPMENT: "only with the extra dev"}
     for group, what in told.items():
         of_group = [package for package in packages if package.group == group]

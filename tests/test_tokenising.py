@@ -67,9 +67,9 @@ def start_build(cache: Path, path: Path, shard_tokens: int = 20_000) -> subproce
 
 
 def test_a_killed_tokenisation_goes_on_after_its_last_whole_shard(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "train.jsonl", many_questions(20_000))
-    whole, _ = start_build(tmp_path / "whole", path).communicate(timeout=60)
-    killed = start_build(tmp_path / "killed", path)
+    path = write_lines(tmp_path / "train.jsonl", many_questions(8_000))
+    whole, _ = start_build(tmp_path / "whole", path, 8_000).communicate(timeout=60)
+    killed = start_build(tmp_path / "killed", path, 8_000)
     shards = tmp_path / "killed" / "parts"
     deadline = time.monotonic() + 30
     while len(list(shards.glob("*/*.npz"))) < 2:
@@ -80,7 +80,7 @@ def test_a_killed_tokenisation_goes_on_after_its_last_whole_shard(tmp_path: Path
     assert not list(shards.glob("*/part.json"))
     stamps = {path: path.stat().st_mtime_ns for path in shards.glob("*/0000[01].*")}
     assert len(stamps) >= 4
-    again, _ = start_build(tmp_path / "killed", path).communicate(timeout=60)
+    again, _ = start_build(tmp_path / "killed", path, 8_000).communicate(timeout=60)
     assert "going on after" in again
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert again.splitlines()[-1] == whole.splitlines()[-1]

@@ -411,7 +411,7 @@ def test_an_interrupted_run_and_one_whose_server_went_away_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 300
-    changes = {"training__max_steps": str(steps), "tracking_wait_seconds": "1"}
+    changes = {"training__max_steps": str(steps), "tracking_wait_seconds": "20"}
     with PostgresServer() as postgres:
         team = Team(tmp_path, postgres)
         ada, client = team.member("ada"), team.client(monkeypatch)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from svend import __version__
 from svend.data.chat import END_OF_MESSAGE, END_OF_TEXT
 from svend.data.tokenizer import load_tokenizer
-from svend.errors import CheckpointError, ConfigError
+from svend.errors import CheckpointError, ConfigError, reason_of
 from svend.models.huggingface import (
     WEIGHTS_FILE,
     export_to_huggingface,
@@ -77,8 +77,9 @@ def export_version(
 
 
 def _not_written(name: str, place: Path, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or str(error)[:200]
-    return ConfigError(f"{name} {place.absolute()}: cannot be written ({reason}); choose another")
+    return ConfigError(
+        f"{name} {place.absolute()}: cannot be written ({reason_of(error)}); choose another"
+    )
 
 
 def import_folder(source: Path, name: str, folder: Path | None) -> Path:
