@@ -161,7 +161,7 @@ def try_model(make: Callable[[], Any], settings: PipelineConfig) -> nn.Module:
         return model
 
     planned_model(settings, factory)
-    return build_model(settings, factory, CPU)
+    return build_model(settings, factory, CPU, VOCABULARY)
 
 
 @pytest.mark.parametrize("make", [
@@ -208,7 +208,7 @@ def test_what_is_tried_changes_nothing_of_the_model() -> None:
     model = make_model(lambda scale: Buffered(), settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    check_model(model, lambda scale: model, settings, CPU)
+    check_model(model, lambda scale: model, settings, CPU, VOCABULARY)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -229,7 +229,7 @@ def test_what_only_our_own_transformer_has_is_refused_for_another_module(
 def test_weights_of_another_module_are_not_divided() -> None:
     settings = config(parallel=Parallel.FSDP)
     with pytest.raises(ConfigError, match=r"parallel = fsdp: .* is a Bigrams; set .*=ddp"):
-        build_model(settings, lambda scale: Bigrams(), CPU, mesh=object())  # type: ignore[arg-type]
+        build_model(settings, lambda scale: Bigrams(), CPU, 4, mesh=object())  # type: ignore[arg-type]
 
 
 def named(name: object) -> nn.Module:

@@ -345,7 +345,7 @@ def test_a_runs_model_and_its_version_have_the_parametrisation_of_the_config(
     tmp_path: Path,
 ) -> None:
     config = run_config()
-    model = build_model(config, None, CPU)
+    model = build_model(config, None, CPU, 512)
     assert isinstance(model, ReasoningTransformer)
     assert model.rules == scaling_rules(model.config)
     assert (model.rules.residual, model.rules.logits) == (1 / 2, 1 / 2)

@@ -24,12 +24,14 @@ from svend.training.state import TrainState, build_state
 class Assignment:
     """What the first process tells the others of a run before its first step.
 
-    The config as it was resolved on the first's machine. starts: whether weights come from it.
+    The config as it was resolved on the first's machine. vocabulary: the tokenizer's entries.
+    starts: whether weights come from the first.
     question: under which they answer that they are ready.
     """
 
     config: PipelineConfig
     data_fingerprint: str
+    vocabulary: int
     total_steps: int
     compiled: bool
     sharded: bool
@@ -47,7 +49,7 @@ def build_replica_state(
     """
     config, training = assignment.config, assignment.config.training
     mesh = shard_mesh(ranks, device, training.shard_processes) if assignment.sharded else None
-    model = build_model(config, model_factory, device, mesh)
+    model = build_model(config, model_factory, device, assignment.vocabulary, mesh)
     if assignment.compiled and isinstance(model, ReasoningTransformer):
         model.compile_blocks()
     stream = BatchStream(

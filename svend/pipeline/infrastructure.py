@@ -59,7 +59,7 @@ class InfrastructureChecks:
         self,
         config: PipelineConfig,
         plan_model: Callable[[], ModelConfig],
-        build_model: Callable[[torch.device], nn.Module],
+        build_model: Callable[[torch.device, int], nn.Module],
     ) -> None:
         self._config = config
         self._plan_model = plan_model
@@ -170,7 +170,7 @@ class InfrastructureChecks:
         stream = _OneBatch(
             sequences, training.batch_size, training.gradient_accumulation_steps
         )
-        model = self._build_model(self._device)
+        model = self._build_model(self._device, self._corpus.tokenizer.size)
         self._state = build_state(model, stream, training, OVERFIT_STEPS, self._device)
         try:
             metrics = next(train_steps(self._state, training, 1))

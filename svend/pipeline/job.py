@@ -153,8 +153,8 @@ def prepare_job(
     if plan.compile and training.profile:
         name_compiled_kernels()
     state = assign(crew, Assignment(
-        config, corpus.fingerprint, total_steps, plan.compile, means.shards > 1,
-        start is not None, secrets.token_hex(8),
+        config, corpus.fingerprint, corpus.tokenizer.size, total_steps, plan.compile,
+        means.shards > 1, start is not None, secrets.token_hex(8),
     ), data.sequences, model_factory, device)
     weights = None if start is None else start.weights_for(state.model)
     # Measured by the first process while the others wait: together they are as many times as fast.

@@ -22,7 +22,6 @@ from svend.models.transformer import ReasoningTransformer
 from svend.own_code import load_function, source_file
 from svend.pipeline.config import (
     Compile,
-    ModelConfig,
     ModelScale,
     PipelineConfig,
     Precision,
@@ -131,14 +130,16 @@ def own_model_name(model: nn.Module, config: PipelineConfig) -> str:
 
 
 def check_model(
-    model: nn.Module, factory: ModelFactory, config: PipelineConfig, device: torch.device
+    model: nn.Module, factory: ModelFactory, config: PipelineConfig, device: torch.device,
+    vocabulary: int,
 ) -> None:
     """Try what the training loop asks of a model, on one sequence; nothing of the model changes.
 
+    vocabulary: token ids are below it, as those of the tokenizer's so many entries.
     Raises ConfigError, in one line, for what is not as it must be.
     """
     told, kind = Told.of(factory, model), type(model).__name__
-    batch = _batch_to_try(config.model, config.training)
+    batch = _batch_to_try(vocabulary, config.training)
     odd_T = torch.arange(batch.labels_BT.shape[1]) % 2 == 1
     precision = resolve_precision(config.training.precision, device)
     was_training = model.training
@@ -158,8 +159,8 @@ def check_model(
         if is_out_of_memory(error):
             raise
         raise told.refusal(
-            f"{kind} fails on token ids up to {int(batch.tokens_BT.max())} (model.vocab_size - 1) "
-            f"at {batch.tokens_BT.shape[1]} positions (data.max_seq_length)"
+            f"{kind} fails on token ids up to {vocabulary - 1} (the tokenizer's, of at most "
+            f"model.vocab_size) at {batch.tokens_BT.shape[1]} positions (data.max_seq_length)"
             f"{told.failure(error)}; it is called as model(tokens, labels, documents)"
         ) from error
     finally:
@@ -190,13 +191,13 @@ def _check_settings(model: nn.Module, training: TrainingConfig) -> None:
             )
 
 
-def _batch_to_try(model: ModelConfig | None, training: TrainingConfig) -> Batch:
+def _batch_to_try(vocabulary: int, training: TrainingConfig) -> Batch:
     """Return one sequence of two documents, as long as they come, with the largest token id."""
     length = training.data.max_seq_length
-    assert model is not None and length is not None  # set by PipelineConfig.resolve
+    assert length is not None  # set by PipelineConfig.resolve
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(model.vocab_size, (1, length), generator=generator)
-    tokens_BT[0, 0] = model.vocab_size - 1
+    tokens_BT = torch.randint(vocabulary, (1, length), generator=generator)
+    tokens_BT[0, 0] = vocabulary - 1
     return Batch.of(tokens_BT, (torch.arange(length)[None] >= length // 2).long())
 
 

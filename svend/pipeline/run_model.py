@@ -45,12 +45,12 @@ def planned_model(config: PipelineConfig, model_factory: ModelFactory | None) ->
 
 def build_model(
     config: PipelineConfig, model_factory: ModelFactory | None, device: torch.device,
-    mesh: DeviceMesh | None = None,
+    vocabulary: int, mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Return the model of the config's scale, its weights drawn from the config's seed.
 
-    mesh: of the processes that each hold a part of it. No process then ever holds the whole, but of
-    a factory's model.
+    vocabulary: how many token ids a factory's model is tried with. mesh: of the processes that each
+    hold a part of it. No process then ever holds the whole, but of a factory's model.
     """
     assert config.model is not None  # set by PipelineConfig.resolve
     training = config.training
@@ -58,7 +58,7 @@ def build_model(
     if model_factory is not None:
         model = make_model(model_factory, config)
         if mesh is None:
-            check_model(model.to(device), model_factory, config, device)
+            check_model(model.to(device), model_factory, config, device, vocabulary)
         elif not isinstance(model, ReasoningTransformer):
             raise ConfigError(
                 f"training.parallel = {training.parallel.value}: would divide the weights, which "

@@ -230,7 +230,9 @@ class ScaleRunner:
         checks = InfrastructureChecks(
             config,
             lambda: planned_model(config, self.model_factory),
-            lambda device: build_model(config, self.model_factory, device),
+            lambda device, vocabulary: build_model(
+                config, self.model_factory, device, vocabulary
+            ),
         )
         return show_checks(self._console, checks.run())
 
