@@ -41,6 +41,7 @@ from svend.pipeline.config import (
     print_scale_comparison,
 )
 from svend.pipeline.loading import load_config
+from svend.pipeline.schema import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +66,23 @@ def _value_at(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config[part] if isinstance(config, dict) else getattr(config, part)
     return config
+
+
+def test_what_is_done_to_one_configuration_reaches_no_other(tmp_path: Path) -> None:
+    before, path = load_config(), tmp_path / "a.yaml"
+    changed = load_config({}, [("gates.full", "[]"), ("eval_benchmarks", "[accuracy]")])
+    changed.eval_benchmarks.append("gsm8k")
+    for config in (before, changed):
+        config.training.data.mix_ratios.clear()
+        config.gates.standard.clear()
+    again = load_config({}, [("gates.full", "[]"), ("eval_benchmarks", "[accuracy]")])
+    assert again.training.data.mix_ratios and again.gates.standard
+    assert again.eval_benchmarks == ["accuracy"] and again.gates.full == []
+    path.write_text("a: [1]")
+    read_yaml(path)["a"].append(2)
+    assert read_yaml(path) == {"a": [1]}
+    path.write_text("a: [3]")
+    assert read_yaml(path) == {"a": [3]}
 
 
 def _run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

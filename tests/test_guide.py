@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.pages import read_fences
 from tests.prepared import data_cache, lay_empty_store
 
 GIVEN_GUIDE = ROOT.parent / "shared" / "guide.md"
@@ -36,13 +37,13 @@ def shrink(config, ladder=False):
     if not ladder:
         config.model = small.model
     training.learning_rate = small.training.learning_rate
-    training.max_steps = min(training.max_steps or 40, 40)
+    training.max_steps = min(training.max_steps or 16, 16)
     training.batch_size, training.gradient_accumulation_steps = 8, 1
     # XXL's recipe for one card multiplies in bf16, which not every CPU does.
     training.weight_precision = WeightPrecision.FP32
     training.moment_precision = MomentPrecision.FP32
     training.heldout_sequences = 4
-    training.save_steps = 40
+    training.save_steps = 16
     training.data.max_seq_length, training.data.num_samples = 64, 200
     training.data.cache_dir = CACHE
     # Benchmarks decide what comes after a rung.
@@ -219,26 +220,20 @@ class Outcome:
 
 def read_blocks(path: Path, guide: str) -> list[Block]:
     """Return a guide's blocks, named by guide, section and nearest heading."""
-    if not path.is_file():
-        return []
     blocks: list[Block] = []
-    section = heading = fence = ""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("```"):
-            if fence == "```python":
-                name = f"{guide}/{section}/{heading}"
-                count = sum(re.sub(r"-\d$", "", b.name) == name or b.name == name for b in blocks)
-                name += f"-{count + 1}" if count else ""
-                blocks.append(Block(name, section, "\n".join(lines) + "\n"))
-            fence, lines = ("" if fence else line), []
-        elif fence:
-            lines.append(line)
-        elif found := re.match(r"(##) (.+)|### (.+)|\*\*([^*]+)\*\*$", line):
-            text = found[2] or found[3] or found[4]
-            heading = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-            section = heading if found[1] else section
+    for fence in read_fences(path) if path.is_file() else []:
+        if fence.language != "python":
+            continue
+        section, heading = slug(fence.section), slug(fence.heading)
+        name = f"{guide}/{section}/{heading}"
+        count = sum(re.sub(r"-\d$", "", b.name) == name or b.name == name for b in blocks)
+        name += f"-{count + 1}" if count else ""
+        blocks.append(Block(name, section, fence.source))
     return blocks
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
 
 
 def prepared(block: Block, guide: str, folder: Path) -> Block:
@@ -250,7 +245,7 @@ def prepared(block: Block, guide: str, folder: Path) -> Block:
     source = re.sub(r"^(\s*)(runner = PipelineRunner\()", rf"\1{call}\n\1\2", source, flags=re.M)
     if ladder:
         source = source.replace("PipelineRunner(config)", "PipelineRunner(config, small_model)")
-    source = re.sub(r"=(scale_config|base)\.hidden_size", "=64", source)
+    source = re.sub(r"=(scale_config|base)\.hidden_size", "=64, vocab_size=4096", source)
     source = source.replace("* base.hidden_size", "* 64")
     source = re.sub(r"=(scale_config|base)\.num_hidden_layers", "=2", source)
     source = without_colab(source)
@@ -353,7 +348,7 @@ def test_a_strict_ladder_stops_after_the_first_rung_for_what_it_cannot_do(
 ) -> None:
     [(scale, success, reason)] = outcome(name).facts["ladder"]
     assert (scale, success) == ("tiny", False)
-    assert reason.startswith("FULL gate failed at step 40: min_accuracy: ")
+    assert reason.startswith("FULL gate failed at step 16: min_accuracy: ")
     assert "must be accuracy > 0.1" in reason
 
 
@@ -463,8 +458,8 @@ def test_a_run_on_colab_keeps_its_checkpoints_on_the_drive_and_resumes(outcome: 
     assert training["result"] == [True, None]
     assert training["where"].endswith("/MyDrive/svend-checkpoints/svend-colab")
     resumed = outcome("given/colab-integration/resume-after-timeout")
-    assert resumed.facts["step"] == 40
-    assert "Resuming from step 40" in resumed.out
+    assert resumed.facts["step"] == 16
+    assert "Resuming from step 16" in resumed.out
     assert outcome("own/colab/colab").facts["where"].endswith("/svend-checkpoints/svend-colab")
 
 

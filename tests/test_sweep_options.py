@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from svend.pipeline.sweep.options import Dimension, Sweep, load_sweep
 LOG_RATE = "{training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}"
 
 
+@cache
 def load(search: str | None = None, **overrides: str) -> Sweep:
     named = [(key.replace("__", "."), text) for key, text in overrides.items()]
     return load_sweep("minute", {"scale": "tiny"}, named, search)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -29,13 +30,9 @@ NOT_PLAIN = (YAMLError, OmegaConfBaseException, ValueError, OverflowError, Recur
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file of plain values; object tags and aliases are refused."""
     try:
-        text = path.read_text(encoding="utf-8")
-        # Aliases of aliases, nested, would fill the memory from a few lines.
-        if "*" in text and any(isinstance(e, AliasEvent) for e in yaml.parse(text, SafeLoader)):
-            raise ConfigError(f"{path}: has an alias (*name); write the value out")
-        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except ConfigError:
-        raise
+        tree = copy.deepcopy(_parse_file(path.read_text(encoding="utf-8")))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except RecursionError:
@@ -51,9 +48,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Return what a value on the command line means as YAML, else the text itself."""
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return copy.deepcopy(_parse_dotted(text))
     except NOT_PLAIN:
         return text  # the schema then accepts or refuses it
+
+
+# A sweep's trials and a ladder's rungs read the same few files and values, each several times.
+@functools.lru_cache(maxsize=64)
+def _parse_file(text: str) -> Any:
+    # Aliases of aliases, nested, would fill the memory from a few lines.
+    if "*" in text and any(isinstance(e, AliasEvent) for e in yaml.parse(text, SafeLoader)):
+        raise ConfigError("has an alias (*name); write the value out")
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_dotted(text: str) -> Any:
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(parsed, dict)
     return parsed["value"]
 
@@ -85,11 +96,14 @@ def build(schema: type[T], tree: dict[str, Any], *, prefix: str = "") -> T:
     the place of the schema in the configuration, such as `training.`.
     """
     _check_keys(schema, tree, where=prefix)
-    base = OmegaConf.structured(schema)
+    base = _defaults(schema)
     _clear_mappings(schema, tree, base)
+    named = _named_enums(schema, tree, prefix)
     try:
-        built = OmegaConf.to_object(OmegaConf.merge(base, _named_enums(schema, tree, prefix)))
+        # unsafe: it may change `base`, which is ours, where merge would copy it once more.
+        built = OmegaConf.to_object(OmegaConf.unsafe_merge(base, named))
     except OmegaConfBaseException as error:
+        _try_items(schema, tree, prefix)
         message = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{prefix}{error.full_key or ''}: {message}") from None
     assert isinstance(built, schema)
@@ -132,9 +146,21 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
 
 
-@functools.cache  # evaluating the annotations takes most of the time that a config takes
+# What is found out once about a schema: it takes most of the time that a config takes.
+@functools.cache
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
+
+
+@functools.cache
+def _structured(schema: type) -> DictConfig:
+    structured: DictConfig = OmegaConf.structured(schema)
+    return structured
+
+
+def _defaults(schema: type) -> DictConfig:
+    """What the schema is before anything is set, to be changed by whoever asks."""
+    return copy.deepcopy(_structured(schema))
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -187,8 +213,22 @@ def _check_list(inner: type | None, value: Any, name: str) -> None:
         elif not isinstance(item, dict):
             raise ConfigError(f"{name}[{index}] = {item}: must be a mapping")
         else:
-            # OmegaConf names no place within a list: each item is tried by itself.
-            build(inner, item, prefix=f"{name}[{index}].")
+            _check_keys(inner, item, where=f"{name}[{index}].")
+
+
+def _try_items(schema: type, tree: dict[str, Any], prefix: str) -> None:
+    """Raise ConfigError for the first item of a list that does not fit.
+
+    OmegaConf names no place within a list: each item is tried by itself.
+    """
+    for key, value in tree.items():
+        inner = _dataclass_in(_hints(schema)[key])
+        if inner is None:
+            continue
+        if isinstance(value, dict):
+            _try_items(inner, value, f"{prefix}{key}.")
+        for index, item in enumerate(value if isinstance(value, list) else []):
+            build(inner, item, prefix=f"{prefix}{key}[{index}].")
 
 
 def _refuse_omegaconf_syntax(value: Any, name: str) -> None:
@@ -211,7 +251,8 @@ def _clear_mappings(schema: type, tree: dict[str, Any], base: DictConfig) -> Non
 def _named_enums(schema: type, tree: Any, where: str) -> Any:
     """Return `tree` with enum values turned into the member names that OmegaConf expects."""
     if isinstance(tree, list):
-        return [_named_enums(schema, item, where) for item in tree]
+        return [_named_enums(schema, item, f"{where.removesuffix('.')}[{index}].")
+                for index, item in enumerate(tree)]
     named = {}
     for key, value in tree.items():
         hint = _hints(schema)[key]

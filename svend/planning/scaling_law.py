@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import nnls
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from svend.errors import UserError
 
@@ -133,7 +133,7 @@ def predict(points: Sequence[Point], parameters: float, tokens: float) -> Predic
     fits = _fit(tuple(points))
     best = fits.best
     freedom = len(points) - COEFFICIENTS
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, freedom))
+    quantile = float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
     variance = float(fits.squares[best]) / freedom
     # Of points that lie on a law to rounding, the neighbours in the grid still count as it.
     as_good = fits.costs <= fits.costs[best] + max(quantile**2 * variance, 1e-12)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
 from svend import cuda
@@ -22,7 +20,9 @@ TRACE, PARTS = "trace.json.gz", "parts.txt"
 
 def name_compiled_kernels() -> None:
     """Have what is compiled from now on show under the names of its operations."""
-    config: Any = torch._inductor.config
+    from torch._inductor import config as inductor  # takes a second: only where it is asked for
+
+    config: Any = inductor
     config.cpp.enable_kernel_profile = True
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from scipy.stats import theilslopes
-
 BLOCKS = 16
 # With fewer the test says nothing.
 MIN_BLOCKS = 4
@@ -44,6 +42,8 @@ class LossTrend:
         means = [total / n for total, n in zip(self._sums, self._counts, strict=True) if n]
         if len(means) < MIN_BLOCKS:
             return math.nan
+        from scipy.stats import theilslopes  # takes a second: once in a run, at its gate
+
         return float(theilslopes(means, shares, alpha=2 * CONFIDENCE - 1).high_slope)
 
     def state_dict(self) -> dict[str, Any]:
