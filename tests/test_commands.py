@@ -25,6 +25,7 @@ from rich.console import Console
 
 from svend.answers import to_json
 from svend.bench import faults, faults_command
+from svend.bench.options import finish
 from svend.cli import COMMANDS, main, make_parser, parse
 from svend.command import Call, Command, Takes
 from svend.completion_command import declare_keys
@@ -180,6 +181,18 @@ def test_the_next_command_is_what_was_given_but_for_what_only_looked() -> None:
     assert parse(words).words("--dry-run") == "--search '{a.b: null}'"
     words = ["ladder", "--dry-run", "true", "--end=small"]
     assert parse(words).words("--dry-run") == "--end=small"
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["bench", "data", "--rounds", "1"], "bench data --rounds 1 --json data.json"),
+    (["coordcheck"], "coordcheck --json coordcheck.json --plot coordcheck.png"),
+    (["bench", "data", "--json", "a.json"], f"wrote {Path('a.json').absolute()}"),
+])
+def test_a_benchmark_ends_with_what_it_wrote_or_how_to_have_it_written(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(parse(words), words[1] if words[0] == "bench" else words[0])
+    assert capsys.readouterr().out.endswith(f"{told}\n")
 
 
 # JSON

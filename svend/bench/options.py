@@ -81,5 +81,5 @@ def finish(call: Call, name: str) -> None:
     for path in written:
         tell(f"wrote {Path(path).absolute()}")
     if not written:
-        tell_next(f"bench {name}" if name != "coordcheck" else name, call.words(),
+        tell_next(call.options.top, call.words(),
                   f"--json {name}.json", f"--plot {name}.png" if hasattr(options, "plot") else "")
