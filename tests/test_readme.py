@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import shlex
 import signal
 import subprocess
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import yaml
@@ -42,7 +43,7 @@ SMALLER = {
 
 def commands_in(line: str) -> list[str]:
     """Return the commands of a line, without what is said of them."""
-    return [part.strip() for part in line.split("  #")[0].split(";")]
+    return [part.strip() for part in line.split("  #", maxsplit=1)[0].split(";")]
 
 
 def lines_with_commands() -> list[str]:
@@ -58,9 +59,9 @@ def test_a_command_of_the_readme_holds(command: str) -> None:
     words = shlex.split(command)
     if words[:2] == ["mlflow", "run"]:
         project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
-        given = dict(zip(words, words[1:], strict=False))
+        given = dict(itertools.pairwise(words))
         entry = project["entry_points"][given.get("-e", "main")]
-        pairs = [word.split("=", 1) for flag, word in zip(words, words[1:], strict=False)
+        pairs = [word.split("=", 1) for flag, word in itertools.pairwise(words)
                  if flag == "-P"]
         filled = {name: str(of.get("default", "")) for name, of in entry["parameters"].items()}
         filled |= {key: value for key, value in pairs if key in filled}
@@ -95,14 +96,9 @@ def test_the_tour_runs_as_it_is_pasted(workplace: Workplace) -> None:
     assert (workplace.folder / "comparison" / "comparison.html").exists()
     [exported] = workplace.folder.glob("svend-tiny-50m-v*-hf")
     assert (exported / "model.safetensors").exists()
-    states = [row.split("finished")[0] for row in runs_that_ended(workplace)]
-    assert len(states) == 2
-
-
-def runs_that_ended(workplace: Workplace) -> list[str]:
-    """Return the identity of every run of TINY that was brought to its end."""
-    told = [path.read_text() for path in Path(workplace.checkpoints).glob("svend*/run.json")]
-    return [text for text in told if '"finished": true' in text]
+    ends = [json.loads(path.read_text())["finished"]
+            for path in workplace.checkpoints.glob("svend*/run.json")]
+    assert ends == [True, True]
 
 
 def interrupt(workplace: Workplace, options: str) -> None:
