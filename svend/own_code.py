@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,16 +14,21 @@ from typing import Any
 from svend.errors import ConfigError
 
 
-def load_function(reference: str, key: str) -> Callable[..., Any]:
+def load_function(reference: str, key: str, *, anew: bool = False) -> Callable[..., Any]:
     """Return the function that `file.py:function` or `module:function` names.
 
-    What stands beside the file can be imported by it. Raises ConfigError, naming the key that has
-    the reference, for what cannot be imported or is no function.
+    What stands beside the file can be imported by it. anew: of a module, too, what its file says
+    now, beside what was imported of it before. Raises ConfigError, naming the key that has the
+    reference, for what cannot be imported or is no function.
     """
     place, _, name = reference.rpartition(":")
     try:
-        is_file = place.endswith(".py")
-        module = _load_file(Path(place)) if is_file else importlib.import_module(place)
+        if place.endswith(".py"):
+            module = _load_file(Path(place))
+        elif anew and (spec := importlib.util.find_spec(place)) is not None:
+            module = _load(spec)
+        else:
+            module = importlib.import_module(place)
         found = getattr(module, name)
     except Exception as error:
         raise ConfigError(
@@ -48,10 +54,15 @@ def source_file(reference: str) -> Path | None:
 def _load_file(file: Path) -> ModuleType:
     path = file.expanduser().resolve()
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # its dataclasses look themselves up there
+    assert spec is not None
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last: it hides nothing
+    return _load(spec)
+
+
+def _load(spec: ModuleSpec) -> ModuleType:
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""The commands of a page of docs/, carried out as a reader would who pastes them."""
+"""The blocks of a page, and its commands carried out as by a reader who pastes them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from tests.conftest import Workplace
 from tests.in_process import run_here
 
 SVEND = "python -m svend "
+HEADING = re.compile(r"(##) (.+)|### (.+)|\*\*([^*]+)\*\*$")
 HEREDOC = re.compile(r"<<'(\w+)'")
 
 
 @dataclass(frozen=True)
 class Fence:
-    """A fenced block of a page: its language, the section that it stands in, and its lines."""
+    """A fenced block of a page: its language, its section and nearest heading, and its lines."""
 
     language: str
     section: str
+    heading: str
     source: str
 
 
 def read_fences(path: Path) -> list[Fence]:
     """Return the fenced blocks of a page."""
     fences: list[Fence] = []
-    section, language = "", None
+    section, heading, language = "", "", None
     lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
             if language is not None:
-                fences.append(Fence(language, section, "\n".join(lines) + "\n"))
+                fences.append(Fence(language, section, heading, "\n".join(lines) + "\n"))
             language, lines = (line[3:] if language is None else None), []
         elif language is not None:
             lines.append(line)
-        elif line.startswith("## "):
-            section = line[3:]
+        elif found := HEADING.match(line):
+            heading = found[2] or found[3] or found[4]
+            section = heading if found[1] else section
     return fences
 
 

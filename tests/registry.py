@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from svend.data.records import file_digest
 from svend.pipeline.benchmarking import measured_how
 from svend.pipeline.config import GatesConfig, PipelineConfig, load_config
+from svend.pipeline.console import make_console
 from svend.pipeline.moves import History, Move, MoveKind, Moves, Registration
 from svend.pipeline.promotion.climb import Climb, Promotion
 from svend.pipeline.promotion.evidence import LOGGED_AS
-from svend.pipeline.report import make_console
 from svend.pipeline.schema import to_yaml
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import open_version, register_checkpoint

@@ -13,10 +13,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from svend.pipeline.console import make_console
 from svend.pipeline.moves import MoveKind, Moves
 from svend.pipeline.promotion import climb
 from svend.pipeline.promotion.audit import audit_model, repair_aliases
-from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of
 from tests.registry import GATES, GOOD, MadeVersion, history, make_version, promote, store

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from svend import __version__
 from svend.data.documents import Message, Role, conversation, dump_json
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer, train_tokenizer
 from svend.errors import CheckpointError, ConfigError, UserError
@@ -120,6 +121,7 @@ def test_an_exported_version_speaks_in_transformers_as_it_does_here(
     assert completion.tokens == said
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "gate.standard.perplexity" in card
+    assert f"Trained by Svend {__version__}, exported by Svend {__version__}." in card
     with pytest.raises(ConfigError, match="is there already"):
         export_version("models:/svend-debug@standard", folder, "fp32")
     assert trained.is_dir()

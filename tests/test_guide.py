@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.pages import read_fences
 from tests.prepared import data_cache, lay_empty_store
 
 GIVEN_GUIDE = ROOT.parent / "shared" / "guide.md"
@@ -219,26 +220,20 @@ class Outcome:
 
 def read_blocks(path: Path, guide: str) -> list[Block]:
     """Return a guide's blocks, named by guide, section and nearest heading."""
-    if not path.is_file():
-        return []
     blocks: list[Block] = []
-    section = heading = fence = ""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("```"):
-            if fence == "```python":
-                name = f"{guide}/{section}/{heading}"
-                count = sum(re.sub(r"-\d$", "", b.name) == name or b.name == name for b in blocks)
-                name += f"-{count + 1}" if count else ""
-                blocks.append(Block(name, section, "\n".join(lines) + "\n"))
-            fence, lines = ("" if fence else line), []
-        elif fence:
-            lines.append(line)
-        elif found := re.match(r"(##) (.+)|### (.+)|\*\*([^*]+)\*\*$", line):
-            text = found[2] or found[3] or found[4]
-            heading = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-            section = heading if found[1] else section
+    for fence in read_fences(path) if path.is_file() else []:
+        if fence.language != "python":
+            continue
+        section, heading = slug(fence.section), slug(fence.heading)
+        name = f"{guide}/{section}/{heading}"
+        count = sum(re.sub(r"-\d$", "", b.name) == name or b.name == name for b in blocks)
+        name += f"-{count + 1}" if count else ""
+        blocks.append(Block(name, section, fence.source))
     return blocks
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
 
 
 def prepared(block: Block, guide: str, folder: Path) -> Block:

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from svend.errors import ConfigError, UserError
 from svend.pipeline import replica
 from svend.pipeline.config import ModelScale
+from svend.pipeline.console import make_console
 from svend.pipeline.ladder.below import find_below
 from svend.pipeline.ladder.climb import LadderClimb, Wish
 from svend.pipeline.ladder.display import plan_rungs, show_standing, standing_table
@@ -46,7 +47,6 @@ from svend.pipeline.ladder.trend import (
     judge_early,
     prediction_gates,
 )
-from svend.pipeline.report import make_console
 from svend.pipeline.run_folder import folder_name
 from svend.pipeline.runner import PipelineResult
 from svend.pipeline.validation import GateResult, Measurement
@@ -262,8 +262,8 @@ def test_a_plan_says_what_each_rung_will_cost_and_lose(climbed: Climbed) -> None
     plans = plan_rungs(ladder, history)
     assert [plan.scale.value for plan in plans] == ["tiny", "small", "medium", "large"]
     assert all(plan.fits and plan.seconds is not None and plan.measured for plan in plans)
-    assert all("(" in plan.predicted for plan in plans)
-    assert plan_rungs(ladder, history[:1])[3].predicted == "known after the rungs below"
+    assert all(plan.predicted is not None for plan in plans)
+    assert plan_rungs(ladder, history[:1])[3].predicted is None
 
 
 @pytest.mark.slow

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import tomllib
 from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -92,6 +96,52 @@ def names_set(source: str) -> set[str]:
     names: dict[str, Any] = {}
     exec(source, names)
     return names.keys() - {"__builtins__"}
+
+
+def set_up_on_colab(monkeypatch: pytest.MonkeyPatch, **names: Any) -> list[list[str]]:
+    """Run the set-up cell as on Colab, but for the commands; return them."""
+    commands: list[list[str]] = []
+    colab = ModuleType("google.colab")
+    colab.drive = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: commands.append([*map(str, command)])
+    )
+    [cell] = [cell for cell in stored_notebook().cells if "setup" in tags(cell)]
+    exec(cell.source, {"REPOSITORY": "https://example.org/svend.git", **names})
+    return commands
+
+
+def test_the_set_up_on_colab_clones_and_installs_what_was_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clone, install = set_up_on_colab(monkeypatch)
+    assert clone[:2] == ["git", "clone"] and "https://example.org/svend.git" in clone
+    assert install[1:4] == ["-m", "pip", "install"]
+    assert install[-1] == f"{clone[-1]}/constraints.txt"
+    assert (ROOT / "constraints.txt").is_file()
+
+
+def test_what_colab_cannot_do_is_told_before_anything_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RuntimeError, match="set REPOSITORY in the first cell"):
+        set_up_on_colab(monkeypatch, REPOSITORY="https://github.com/YOUR_REPO/svend.git")
+    import numpy as np
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "1.0")
+        with pytest.raises(RuntimeError, match="still has the former numpy: choose Runtime, Rest"):
+            set_up_on_colab(patch)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    with pytest.raises(RuntimeError, match=r"needs Python 3\.11 or 3\.12, and this runtime has"):
+        set_up_on_colab(monkeypatch)
+
+
+def test_the_notebook_takes_the_pythons_that_the_package_does() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert wanted == ">=3.11,<3.13"  # the set-up cell and the text above it say so too
 
 
 @pytest.mark.slow

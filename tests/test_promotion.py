@@ -16,15 +16,16 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from svend.cli import main
 from svend.errors import CheckpointError, GateFailure, UserError
 from svend.pipeline import moves as moves_module
 from svend.pipeline.config import GatesConfig
+from svend.pipeline.console import make_console
 from svend.pipeline.moves import MoveKind, Moves
-from svend.pipeline.promotion import actions, climb
+from svend.pipeline.promotion import climb
 from svend.pipeline.promotion.audit import audit_model
 from svend.pipeline.promotion.lineage import trace
 from svend.pipeline.promotion.standing import next_level
-from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.registry import aliases_of, tags_of_version
 from tests.registry import (
@@ -183,9 +184,10 @@ def test_what_a_person_writes_is_printed_as_it_was_written(
     made = _make(folder, model)
     reason = "[bold]hotfix[/b] `12` {x}"
     climb.override(model, made.version, QUICK, reason, CONSOLE)
-    actions.show_history(model, as_json=False)
+    capsys.readouterr()
+    assert main(["history", model]) == 0
     assert "[bold]hotfix[/b]" in capsys.readouterr().out
-    actions.show_history(model, as_json=True)
+    assert main(["history", model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[-1]["reason"] == reason
 
 

@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
 
+from svend import __version__
 from svend.pipeline import replica
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.config import PipelineConfig
@@ -93,8 +94,9 @@ def test_parameters_tags_and_artifacts_are_enough_to_run_it_again(
     assert run.data.params["config.model.hidden_size"] == "64"
     assert run.data.params["config.gates.standard.perplexity"] == "perplexity < 1000"
     for tag in ("svend.data_fingerprint", "svend.tokenizer_sha256", "svend.device",
-                "svend.package.torch", "svend.version"):
+                "svend.package.torch"):
         assert run.data.tags[tag]
+    assert run.data.tags["svend.version"] == __version__
     client = MlflowClient(shared_workplace.tracking_uri)
     names = {entry.path for entry in client.list_artifacts(run.info.run_id)}
     assert names >= {"config.yaml", "tokenizer.json", "packages.txt", "verdicts.csv",
@@ -180,6 +182,7 @@ def test_the_best_checkpoint_is_registered_with_its_evidence_and_as_safetensors(
     assert best is not None
     assert version.tags["svend.checkpoint_sha256"] == best.weights_sha256
     assert version.tags["svend.run_id"] == run.info.run_id
+    assert version.tags["svend.version"] == __version__
     assert version.tags["gate.standard.perplexity"].startswith("passed: perplexity = ")
     location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
     folder = Path(location.removeprefix("file://"))

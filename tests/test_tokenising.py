@@ -29,7 +29,7 @@ from svend.data.hygiene import (
 )
 from svend.data.records import CHUNK_BYTES, read_chunks
 from svend.errors import DataError
-from svend.pipeline.config import BrokenRows, DataConfig, Duplicates
+from svend.pipeline.config import BrokenRows, DataConfig, Duplicates, OwnSource
 from tests.test_data import (
     local_data,
     questions,
@@ -317,8 +317,6 @@ def test_own_sources_are_a_function_and_an_entry(tmp_path: Path) -> None:
     own = {"name": "notes", "kind": "general", "path": str(path)}
 
     def data(to_document: str) -> DataConfig:
-        from svend.pipeline.config import OwnSource
-
         return DataConfig(
             sources=["notes"], mix_ratios={"general": 1.0}, max_seq_length=64, num_samples=1,
             own_sources=[OwnSource(**own, to_document=to_document)], heldout_fraction=0.3,
@@ -330,6 +328,31 @@ def test_own_sources_are_a_function_and_an_entry(tmp_path: Path) -> None:
     for wrong in (f"{tmp_path / 'notes.py'}:other", "no_such_module:f", "nothing"):
         message = refusal(data(wrong))
         assert "own_sources" in message and wrong in message
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_changed_function_is_what_a_later_run_of_the_process_goes_by(
+    by_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"notes_{by_file}".lower()
+    path = write_lines(tmp_path / "notes.jsonl", [{"text": f"note {i}"} for i in range(30)])
+    place = str(tmp_path / f"{module}.py") if by_file else module
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = DataConfig(
+        sources=["notes"], mix_ratios={"general": 1.0}, max_seq_length=64, num_samples=1,
+        own_sources=[OwnSource(name="notes", kind="general", path=str(path),
+                               to_document=f"{place}:to_document")],
+        heldout_fraction=0.3, cache_dir=str(tmp_path / "cache"),
+    )
+    for word in ("first", "another"):
+        (tmp_path / f"{module}.py").write_text(
+            "from svend.data.documents import Role, conversation\n"
+            "def to_document(record):\n"
+            f"    return conversation((Role.TEXT, '{word} ' + record['text']))\n"
+        )
+        corpus = build_corpus(data, 400, 0, silent)
+        tokens = corpus.train.tokens.read(int(corpus.train.starts[0]), 8)
+        assert corpus.tokenizer.decode(tokens.tolist()).startswith(f"{word} note")
 
 
 def test_a_problem_set_of_reasoning_gym_is_a_source_by_name(tmp_path: Path) -> None:
@@ -352,8 +375,6 @@ def test_the_hub_is_read_through_datasets_by_commit(
     write_lines(folder / "test.jsonl", questions(6, first=100))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     from svend.data import sources
-    from svend.pipeline.config import OwnSource
-
     asked: list[tuple[str, str]] = []
 
     def commit_of(repository: str, revision: str) -> str:

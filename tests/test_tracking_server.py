@@ -24,6 +24,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from svend.tracking.runs import check_tracking_store, run_shows, tags_of
 from tests.conftest import ROOT, Workplace
 from tests.postgres import PostgresServer, requires_postgres
 from tests.refusals import refusal_of
@@ -33,6 +34,7 @@ from tests.test_sweep import command as sweep_command
 SCRIPT = ROOT / "docs" / "examples" / "tracking_server.py"
 ADMIN_PASSWORD = "correct-horse-battery"
 MODEL = "svend-debug"
+PROMOTE = ["promote", "--model", MODEL, "--version", "1"]
 SET = "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 CHECK = "; check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 ASK = "; whoever runs the server can give the permission (docs/server.md)"
@@ -173,7 +175,12 @@ class Member(Workplace):
     def environment(self) -> dict[str, str]:
         signed_in = {"MLFLOW_TRACKING_USERNAME": self.user,
                      "MLFLOW_TRACKING_PASSWORD": self.password}
-        return {**super().environment, "HOME": str(self.folder), **(signed_in if self.user else {})}
+        return {**super().environment, "HOME": str(self.folder), "TMPDIR": str(self.temporary),
+                **(signed_in if self.user else {})}
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / "temporary"
 
     def svend(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.run([sys.executable, "-m", "svend", *words])
@@ -240,7 +247,7 @@ class Team:
 
     def member(self, user: str = "", password: str | None = None) -> Member:
         folder = self.folder / (user or "nobody")
-        folder.mkdir(exist_ok=True)
+        (folder / "temporary").mkdir(parents=True, exist_ok=True)
         return Member(folder, self.address, user,
                       password_of(user) if password is None else password)
 
@@ -317,14 +324,34 @@ def test_who_may_read_compares_and_moves_nothing(
     assert compared.returncode == 0, compared.stdout
     assert f"(bob may not do that){ASK}" in compared.stdout
     assert (bob.folder / "comparison" / "comparison.html").is_file()
-    for words in (["promote", "--model", MODEL, "--to", "full", "--gates", "miniature"],
-                  ["promote", "--model", MODEL, "--to", "full", "--override", "I want it"],
+    for words in ([*PROMOTE, "--to", "full", "--gates", "miniature"],
+                  [*PROMOTE, "--to", "full", "--override", "I want it"],
                   ["evaluate", "--model", f"models:/{MODEL}/1", "--benchmarks", "accuracy"]):
         assert bob.refused(*words).endswith(f"(bob may not do that){ASK}")
     assert client.get_registered_model(MODEL).aliases == before
     assert team.tell("bob", "--may", "train") == "bob: known, may train"
     assert team.tell("bob", "--may", "read") == "bob: known, may read"
     assert bob.refused(*bob.train_command()[3:]).endswith(f"(bob may not do that){ASK}")
+
+
+@pytest.mark.slow
+@requires_postgres
+def test_the_store_is_checked_by_who_may_not_delete(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = team.client(monkeypatch)
+    mlflow.set_tracking_uri(team.address)
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password_of("ada"))
+        assert check_tracking_store() == team.address
+        (run,) = client.search_runs(["0"])
+        assert run.data.tags["mlflow.note.content"] == "Of no use; may be deleted."
+        # A server says of a run that is not there what it says of one that it does not show.
+        assert tags_of("0" * 32) == {}
+        assert not run_shows("0" * 32, "train/loss", 1.0)
+    finally:
+        mlflow.set_tracking_uri("")
 
 
 @pytest.mark.slow
@@ -350,13 +377,15 @@ def test_who_may_train_sweeps_evaluates_promotes_and_compares(
     few = ["--evaluation.problems", "6", "--gates", "miniature"]
     for words in (
         ["evaluate", "--model", f"models:/{MODEL}/1", "--benchmarks", "accuracy", *few[:2]],
-        ["promote", "--model", MODEL, "--to", "full", *few],
-        ["promote", "--model", MODEL, "--to", "production", "--override", "to try it"],
+        [*PROMOTE, "--to", "full", *few],
+        [*PROMOTE, "--to", "production", "--override", "to try it"],
         ["compare", "--experiment", "svend"],
     ):
         done = ada.svend(*words)
         assert done.returncode == 0, done.stdout
     assert "logged        run " in done.stdout
+    # What was fetched is gone with the process that fetched it.
+    assert list(ada.temporary.rglob("model.safetensors")) == []
     assert client.get_registered_model(MODEL).aliases == dict.fromkeys(
         ("quick", "standard", "full", "production"), "1"
     )
@@ -382,7 +411,7 @@ def test_an_interrupted_run_and_one_whose_server_went_away_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 300
-    changes = {"training__max_steps": str(steps), "tracking_wait_seconds": "1"}
+    changes = {"training__max_steps": str(steps), "tracking_wait_seconds": "20"}
     with PostgresServer() as postgres:
         team = Team(tmp_path, postgres)
         ada, client = team.member("ada"), team.client(monkeypatch)

@@ -188,7 +188,9 @@ def coordinate_table(points: Sequence[Point], slopes: Sequence[Slope]) -> Table:
     table = Table(title="Mean |x| after the last step", title_justify="left")
     names = list(points[0].scales)
     for heading in ("varied", "width", "depth", *names):
-        table.add_column(heading, justify="left" if heading == "varied" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "varied" else "right", overflow="fold"
+        )
     for varied in ("width", "depth"):
         for point in (p for p in points if p.varied == varied):
             table.add_row(varied, str(point.width), str(point.depth),

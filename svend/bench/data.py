@@ -160,7 +160,7 @@ def tokenising_table(size: int, processes: int, turns: list[Turn]) -> Table:
         title=f"Tokenising {size / 1e6:,.0f} MB with {processes} processes", title_justify="left"
     )
     for heading in ("", "s", "MB/s", "map alone, MB/s", "M tokens/s", "GB"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     for name, of_name in _by_contestant(turns):
         seconds = statistics.median(turn.seconds for turn in of_name)
         mapping = statistics.median(turn.map_seconds for turn in of_name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from svend.bench.faults import Outcome
-from svend.pipeline.report import make_console
+from svend.pipeline.console import make_console
 
 
 def is_as_it_should(outcome: Outcome) -> bool:
@@ -22,7 +22,7 @@ def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     table = Table(title="Ladders with and without a fault", title_justify="left")
     for heading in ("fault", "seed", "errors of the rungs", "looks at the last", "ended at",
                     "at share", "stopped by"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for outcome in sorted(outcomes, key=lambda o: (o.fault != "none", o.fault, o.seed)):
         rungs = list(outcome.rungs.values())
         errors = [f"{rung['error']:+.2%}" for rung in rungs if rung["error"] is not None]

@@ -204,10 +204,10 @@ def comparison_table(comparison: Comparison) -> Table:
     """Return the contestants' speed, and how many times as fast ours are."""
     table = Table(title=f"{comparison.workload}: {comparison.useful_tokens:,} useful tokens",
                   title_justify="left")
-    table.add_column("contestant")
+    table.add_column("contestant", overflow="fold")
     ours = [t for t in comparison.timings if t.contestant in (OURS, OURS_INT8)]
     for name in ("tokens/s", *(f"{t.contestant} is faster by" for t in ours)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for timing in comparison.timings:
         ratios = [f"{comparison.ratio(mine, timing):.2f}x" if mine is not timing else ""
                   for mine in ours]

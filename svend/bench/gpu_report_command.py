@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 
+from svend.command import Call, tell, tell_loading
 from svend.errors import ConfigError, ResourceError, one_line
 
 DEFAULT_FOLDER = "gpu-report"
@@ -14,16 +15,6 @@ DEFAULT_MINUTES = 10.0
 # By the name in the namespace: kinds of benchmarks have options of the same names.
 OPTIONS = {"gpu_report_out": "--out", "gpu_report_minutes": "--minutes",
            "gpu_report_rehearse": "--rehearse"}
-EPILOG = """\
-`svend bench KIND --help` lists what a kind takes. The report on a GPU is none of them:
-
-  python -m svend bench --gpu-report                  # on a machine with a CUDA device
-  python -m svend bench --gpu-report --rehearse       # what it does, in miniature on a CPU
-
-It checks the card, attention, compilation, the loss kernel, losses against the CPU's, save and
-resume, low-memory optimizers, float8, and memory and speed of each scale that fits, and ends with
-exit code 1 if a figure is outside its bounds or a part failed. docs/gpu.md says what it measures.
-"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +42,12 @@ def check_kind(options: argparse.Namespace) -> None:
         raise ConfigError("bench: name a kind, or give --gpu-report; see svend bench --help")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(call: Call) -> int:
     """Run the report, write it after each part, print it, and return the exit code."""
+    options = call.options
     started, rehearsal = time.monotonic(), options.gpu_report_rehearse
     minutes = _parse_minutes(options.gpu_report_minutes)
-    print("starting: loading torch", flush=True)
+    tell_loading("torch")
     from svend import cuda
     from svend.bench.gpu_report import Verdict
     from svend.bench.gpu_report_pages import MARKDOWN, write_report
@@ -71,17 +63,19 @@ def run(options: argparse.Namespace) -> int:
     about = {"command": f"python -m svend bench --gpu-report --minutes {minutes:g}"
              + (" --rehearse" if rehearsal else ""),
              "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    tell(f"GPU report{', rehearsed on the CPU' if rehearsal else ''}: at most {minutes:g} minutes, "
+         f"written to {folder} after each part")
     outcomes, page = [], ""
     for outcome in run_parts(
         parts_of, rehearsal=rehearsal, seconds=60 * minutes - (time.monotonic() - started),
-        begin=lambda part: print(f"{part}: begun", flush=True),
+        begin=lambda part: tell(f"{part}: begun"),
     ):
         outcomes.append(outcome)
         why = f": {outcome.reason}" if outcome.reason else ""
-        print(f"{outcome.part}: {outcome.verdict.value} ({outcome.seconds:.0f} s){why}", flush=True)
+        tell(f"{outcome.part}: {outcome.verdict.value} ({outcome.seconds:.0f} s){why}")
         # After each part: a rented machine may be gone before the last.
         page = write_report(folder, outcomes, about, rehearsal=rehearsal)
-    print(f"\n{page}\nwritten: {folder / MARKDOWN}")
+    tell(f"\n{page}\nwrote {folder / MARKDOWN}")
     bad = [o for o in outcomes if o.verdict in (Verdict.OFF, Verdict.FAILED)]
     return 1 if bad else 0
 

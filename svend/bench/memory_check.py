@@ -60,7 +60,9 @@ def memory_table(
     figures = ["predicted GB", f"{real} GB", "off", "planned GB", "run GB", "off"]
     for heading in ("model", "a step", "compute, weights, moments", "recomputed",
                     *figures[:3 * len(compared)]):
-        table.add_column(heading, justify="right" if heading in figures else "left")
+        table.add_column(
+            heading, justify="right" if heading in figures else "left", overflow="fold"
+        )
     for check, *others in zip(*compared, strict=True):
         training = check.training
         precisions = (training.precision, training.weight_precision, training.moment_precision)

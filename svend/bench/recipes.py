@@ -244,7 +244,7 @@ def recipe_table(setting: Setting, results: Sequence[Result]) -> Table:
     table.add_column("weights-moments", no_wrap=True)
     for column in ("weights", "gradients", "moments", "bytes/parameter", "loss",
                    f"above {BASELINE}", "s/step"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, apart in differences(results).items():
         own = [result for result in results if result.recipe == name]
         losses = [math.inf if result.loss is None else result.loss for result in own]

@@ -19,7 +19,7 @@ def comparison_table(comparison: Comparison) -> Table:
         title_justify="left",
     )
     for heading in ("", "tok/s", "ours", "GFLOP/s", "peak", "GB", "cold s", "warm s"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
     for timing in comparison.timings:
         table.add_row(
             timing.contestant, f"{timing.median:,.0f}", f"{timing.ratio_to_ours:.2f}x",

@@ -79,7 +79,9 @@ def scaling_table(points: Sequence[Point]) -> Table:
     """Return a table with a line for each measurement."""
     table = Table(title="How the step scales", title_justify="left")
     for heading in ("varied", "", "tokens", "ms", "tok/s", "GFLOP/s", "GB"):
-        table.add_column(heading, justify="left" if heading == "varied" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "varied" else "right", overflow="fold"
+        )
     for point in points:
         table.add_row(
             point.varied, f"{point.value:,}", f"{point.tokens:,}", f"{1e3 * point.seconds:,.0f}",

@@ -101,8 +101,8 @@ def result_table(
     """Return what the clients waited for, as a table."""
     well = [answer for answer in answers if answer.status == "200"]
     table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(justify="right", overflow="fold")
     table.add_row("model", f"{served.name}, {served.precision.value}")
     table.add_row("clients, lanes", f"{clients}, {lanes}")
     table.add_row("requests", f"{len(answers):,}")

@@ -138,7 +138,7 @@ def transfer_table(curves: Sequence[Curve]) -> Table:
     table.add_column("parametrisation", no_wrap=True)
     rates = sorted({rate for curve in curves for rate in curve.rates})
     for name in ("shape", *(f"{rate:g}" for rate in rates), "best rate", "loss", "excess"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for curve in curves:
         base = next(c for c in curves if c.parametrisation == curve.parametrisation)
         known = dict(zip(curve.rates, zip(curve.means, curve.spreads, strict=True), strict=True))

@@ -27,7 +27,7 @@ from svend.data.hygiene import (
     word_sequences,
 )
 from svend.data.records import Chunk, RowError, parse_row
-from svend.data.schemas import find_schema
+from svend.data.schemas import ToDocument, find_schema, schema_digest
 from svend.errors import DataError, reason_of
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def documents_in(
     chunk: Chunk, source: str, to_document: str | None, dropped: list[str]
 ) -> Iterator[Document]:
     """Yield the documents of a chunk; name those that cannot be one in `dropped`."""
-    schema = None if to_document is None else _schema(to_document)
+    schema = None if to_document is None else _schema(to_document, schema_digest(to_document))
     for index, row in enumerate(chunk.rows):
         if schema is None:
             yield row
@@ -193,7 +193,9 @@ def _check(document: Document, source: str) -> None:
             ) from None
 
 
-_schema = functools.lru_cache(find_schema)
+@functools.lru_cache
+def _schema(reference: str, digest: str) -> ToDocument:  # noqa: ARG001 - of another, found anew
+    return find_schema(reference)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from svend.data.documents import Document, Message, Role, conversation, dump_json
-from svend.data.records import Record
-from svend.own_code import load_function
+from svend.data.records import Record, file_digest
+from svend.own_code import load_function, source_file
 
 ToDocument = Callable[[Record], Document]
 # As chat APIs call them, and as ShareGPT's files do.
@@ -149,9 +149,20 @@ BUILT_IN = frozenset(
 
 
 def find_schema(reference: str) -> ToDocument:
-    """Return the function that `module:function` or `file.py:function` names."""
-    found: ToDocument = load_function(reference, "training.data.own_sources: to_document")
+    """Return the function that `module:function` or `file.py:function` names.
+
+    Of a user's module as its file is now, whatever was imported of it before.
+    """
+    found: ToDocument = load_function(
+        reference, "training.data.own_sources: to_document", anew=reference not in BUILT_IN
+    )
     return found
+
+
+def schema_digest(reference: str) -> str:
+    """Return what names the code that makes documents: a user's file by its content."""
+    file = None if reference in BUILT_IN else source_file(reference)
+    return reference if file is None else f"{file_digest(file)}:{reference.rpartition(':')[2]}"
 
 
 def _speaker(name: str) -> Role:

@@ -23,7 +23,7 @@ from svend.data.records import (
     read_chunks,
     stream_hub,
 )
-from svend.data.schemas import find_schema
+from svend.data.schemas import find_schema, schema_digest
 from svend.data.tool_dialogues import tool_use_documents
 from svend.errors import ConfigError, DataError, reason_of
 from svend.pipeline.config import DataConfig, OwnSource
@@ -246,7 +246,8 @@ def _files_part(
     for path in files:
         check_suffix(path)
     digests = [_known_digest(path, Path(data.cache_dir).expanduser()) for path in files]
-    identity = {"source": source.name, "files": digests, "schema": _schema_digest(source)}
+    identity = {"source": source.name, "files": digests,
+                "schema": schema_digest(source.to_document)}
 
     def read() -> Iterator[Chunk]:
         for path in files:
@@ -255,14 +256,6 @@ def _files_part(
     return SourcePart(
         source.name, f"{source.name} {name}", identity, read, source.to_document, tuple(files)
     )
-
-
-def _schema_digest(source: RecordSource) -> str:
-    """What names the code that makes documents: an own file's content, else the function."""
-    place, _, name = source.to_document.rpartition(":")
-    if place.endswith(".py"):
-        return f"{file_digest(Path(place).expanduser())}:{name}"
-    return source.to_document
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -311,7 +304,7 @@ def _locate_on_hub(source: RecordSource, data: DataConfig) -> LocatedSource:
     def part(split: str) -> SourcePart:
         identity = {"source": source.name, "repository": repository, "subset": source.subset,
                     "revision": commit, "split": split, "count": count,
-                    "schema": _schema_digest(source)}
+                    "schema": schema_digest(source.to_document)}
         return SourcePart(
             source.name, f"{source.name} {split}", identity,
             lambda: stream_hub(repository, source.subset, split, commit, count),

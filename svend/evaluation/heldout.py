@@ -33,7 +33,8 @@ class HeldoutLoss:
         rows = list(measured)
         if not any(count for _, count in rows):
             raise DataError(
-                "the held-out part predicts no token; give longer held-out documents"
+                "the held-out part predicts no token; give longer held-out documents, and ones in "
+                "which the model speaks where data.loss_on=answers"
             )
         return cls(tuple(summed for summed, _ in rows), tuple(count for _, count in rows))
 

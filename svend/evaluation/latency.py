@@ -21,13 +21,15 @@ def measure_latency(
     evaluation: EvaluationConfig,
     precision: Precision,
     is_time_up: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Measurement]:
     """Return the seconds from a request to its complete answer: 99th percentile and median.
 
     Every answer has `latency_new_tokens` tokens after a prompt of `latency_prompt_tokens` random
     ones, `latency_batch` at a time that begin together. The first batch, which fills caches, does
-    not count. Nothing is returned where the time is up before any answer. Raises DataError if the
-    model's context is too short.
+    not count. progress: is called with how many answers are there, and how many there are to be.
+    Nothing is returned where the time is up before any answer. Raises DataError if the model's
+    context is too short.
     """
     prompt_tokens, new_tokens = evaluation.latency_prompt_tokens, evaluation.latency_new_tokens
     context = model.config.max_position_embeddings
@@ -52,6 +54,7 @@ def measure_latency(
         of_batch = [time.perf_counter() - started_seconds for _ in answers]
         if number > 0:
             seconds += of_batch
+            progress(len(seconds), batches * evaluation.latency_batch)
         if is_time_up():
             break
     if not seconds:

@@ -177,7 +177,9 @@ def evaluate_model(
             }
     if LATENCY in names:
         is_time_up = _time_up(next_deadline(), is_stopped)
-        measurements |= measure_latency(model, evaluation, precision, is_time_up)
+        measurements |= measure_latency(
+            model, evaluation, precision, is_time_up, partial(progress, LATENCY)
+        )
     tool_metric = TOOL_METRICS[evaluation.tool_score]
     if tool_metric in measurements:
         measurements[TOOL_ACCURACY] = measurements[tool_metric]

@@ -8,19 +8,12 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from svend.evaluation.benchmark import Answer, Sample
 from svend.evaluation.harness import BenchmarkResult
 from svend.evaluation.measurement import Measurement
-from svend.pipeline.progress import TerminalBar
+from svend.pipeline.progress import CountProgress
 
 STYLE = (
     "body{font:13px sans-serif;margin:12px}table{border-collapse:collapse;width:100%}"
@@ -30,23 +23,11 @@ STYLE = (
 )
 
 
-class AnswerProgress(TerminalBar):
-    """A progress bar for the answers of each benchmark; a plain line at its end elsewhere."""
+class AnswerProgress(CountProgress):
+    """How many of the answers to each benchmark are there."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(
-            console, TextColumn("{task.description}"), BarColumn(bar_width=24),
-            MofNCompleteColumn(), TimeRemainingColumn(),
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def advance(self, benchmark: str, done: int, asked: int) -> None:
-        """Show how many of the answers to a benchmark are there."""
-        if benchmark not in self._tasks:
-            self._tasks[benchmark] = self._bar.add_task(benchmark, total=asked)
-        self._bar.update(self._tasks[benchmark], completed=done)
-        if done == asked and not self._console.is_terminal:
-            self._console.print(f"{benchmark}: {done} answers")
+        super().__init__(console, "answers")
 
 
 def measurement_table(
@@ -59,7 +40,7 @@ def measurement_table(
     table = Table(title="Measured", title_justify="left")
     table.add_column("metric", no_wrap=True)
     for name in ("value", "95% interval", "n"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for metric, measured in measurements.items():
         if "/" in metric:
             continue

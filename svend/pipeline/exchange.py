@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from svend import __version__
 from svend.data.chat import END_OF_MESSAGE, END_OF_TEXT
 from svend.data.tokenizer import load_tokenizer
-from svend.errors import CheckpointError, ConfigError
+from svend.errors import CheckpointError, ConfigError, reason_of
 from svend.models.huggingface import (
     WEIGHTS_FILE,
     export_to_huggingface,
@@ -76,8 +77,9 @@ def export_version(
 
 
 def _not_written(name: str, place: Path, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or str(error)[:200]
-    return ConfigError(f"{name} {place.absolute()}: cannot be written ({reason}); choose another")
+    return ConfigError(
+        f"{name} {place.absolute()}: cannot be written ({reason_of(error)}); choose another"
+    )
 
 
 def import_folder(source: Path, name: str, folder: Path | None) -> Path:
@@ -134,8 +136,10 @@ def _card(loaded: LoadedVersion) -> str:
         "data recipe": loaded.config.training.data.recipe,
     }
     told = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    trained_by = version.tags.get("svend.version", "of a version not on record")
     return (
-        f"# {version.name}\n\nTrained and exported by Svend.\n\n{told}\n## Gates\n\n"
+        f"# {version.name}\n\nTrained by Svend {trained_by}, exported by Svend {__version__}.\n\n"
+        f"{told}\n## Gates\n\n"
         f"{verdicts or 'None decided.'}\n## Use\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "tokenizer = AutoTokenizer.from_pretrained(\".\")\n"

@@ -1,8 +1,7 @@
-"""The plan of a run on GPUs that are not here, as tables and as JSON."""
+"""The plan of a run on GPUs that are not here, as tables and as figures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,9 @@ from rich.table import Table
 
 from svend.errors import ConfigError
 from svend.pipeline.config import PipelineConfig, TrainingConfig, format_count
-from svend.pipeline.report import format_seconds, make_console, say
+from svend.pipeline.console import make_console, say
+from svend.pipeline.progress import CountProgress
+from svend.pipeline.report import format_seconds
 from svend.planning.gpu_plan import GpuPlan, plan_on_gpus
 from svend.planning.gpus import find_gpu
 from svend.planning.search import Combination
@@ -27,43 +28,43 @@ def preview_on_gpus(
     mfu: float,
     tokens: int | None,
     dollars_per_gpu_hour: float | None,
-    as_json: bool,
-) -> None:
+) -> list[dict[str, Any]]:
     """Print the plan of one configuration whole, or of several as lines of one table.
 
-    Nothing of this machine is looked at, and no data are read.
+    Nothing of this machine is looked at, and no data are read. Returns the figures of each.
     """
     gpu = find_gpu(gpu_name)
-    plans = []
     for config in configs:
         if config.model_factory is not None:
             raise ConfigError(
                 f"model_factory = {config.model_factory}: plan --gpu counts Svend's own "
                 "transformer part by part; leave out --gpu, or the factory"
             )
-        resolved = config.resolve()
-        assert resolved.model is not None  # set by resolve
-        plans.append(plan_on_gpus(
-            resolved.model, resolved.training, gpu, gpus=gpus, mfu=mfu, tokens=tokens
-        ))
-    console = make_console()
-    if as_json:
-        rows = [_as_json(plan, dollars_per_gpu_hour) for plan in plans]
-        say(console, json.dumps(rows if len(rows) > 1 else rows[0], indent=1))
-    elif len(plans) > 1:
+    console, plans = make_console(), []
+    with CountProgress(console, "planned") as progress:
+        for config in configs:
+            resolved = config.resolve()
+            assert resolved.model is not None  # set by resolve
+            plans.append(plan_on_gpus(
+                resolved.model, resolved.training, gpu, gpus=gpus, mfu=mfu, tokens=tokens
+            ))
+            if len(configs) > 1:
+                progress.advance("scales", len(plans), len(configs))
+    if len(plans) > 1:
         console.print(_scales_table(plans, dollars_per_gpu_hour))
         for line in _notes(plans):
             say(console, line)
     else:
         _show_one(console, plans[0], dollars_per_gpu_hour)
+    return [_figures(plan, dollars_per_gpu_hour) for plan in plans]
 
 
 def _show_one(console: Console, plan: GpuPlan, dollars: float | None) -> None:
     gpu, training = plan.gpu, plan.training
     table = Table(title=f"Plan: {plan.model.name} on {_count_gpus(plan)}", show_header=False,
                   title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     parameters = plan.model.num_parameters()
     table.add_row("parameters", f"{parameters:,} ({format_count(parameters)})")
     table.add_row("FLOPs", f"{plan.flops_per_token:.2e} per token")
@@ -144,7 +145,7 @@ def _combinations_table(plan: GpuPlan, combinations: Sequence[Combination]) -> T
     for heading in ("GPUs", "share a copy", "weights, moments", "recompute", "micro-batch",
                     "GB each", "GPU hours", "days"):
         left = heading in ("weights, moments", "recompute")
-        table.add_column(heading, justify="left" if left else "right")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for one in combinations:
         training = one.training
         seconds = plan.seconds_of(training, one.devices)
@@ -163,7 +164,7 @@ def _scales_table(plans: Sequence[GpuPlan], dollars: float | None) -> Table:
                 "tokens", "step\ns", "GPU\nhours", "days"]
     for heading in [*headings, *(["$"] if dollars is not None else [])]:
         left = heading in ("scale", "weights,\nmoments", "recompute")
-        table.add_column(heading, justify="left" if left else "right")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for plan in plans:
         training, seconds = plan.training, plan.seconds_of(plan.training, plan.gpus)
         cost = [] if dollars is None else [f"{dollars * plan.gpu_hours:,.0f}"]
@@ -204,7 +205,7 @@ def _cheapest_of(plan: GpuPlan) -> str:
     return f"the cheapest that does takes {one.devices} GPUs: {' '.join(one.changes)}"
 
 
-def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
+def _figures(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
     seconds = plan.seconds_of(plan.training, plan.gpus)
     return {
         "model": plan.model.name,
@@ -218,7 +219,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
         "gpus": plan.gpus,
         "shards": plan.shards,
         "fits": plan.fits,
-        **_settings_as_json(plan.training),
+        **_settings(plan.training),
         "memory_bytes": plan.memory.parts() | {"total": plan.memory.total},
         "guide_memory_gb": plan.model.train_memory_gb,
         "one_gpu_total_bytes": plan.memory_of_one.total,
@@ -229,7 +230,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
         "dollars": None if dollars is None else dollars * plan.gpu_hours,
         "fitting": [
             {
-                "gpus": one.devices, "shards": one.shards, **_settings_as_json(one.training),
+                "gpus": one.devices, "shards": one.shards, **_settings(one.training),
                 "total_bytes": one.memory.total,
                 "gpu_hours": plan.seconds_of(one.training, one.devices) * one.devices / 3600,
                 "changes": list(one.changes),
@@ -239,7 +240,7 @@ def _as_json(plan: GpuPlan, dollars: float | None) -> dict[str, Any]:
     }
 
 
-def _settings_as_json(training: TrainingConfig) -> dict[str, Any]:
+def _settings(training: TrainingConfig) -> dict[str, Any]:
     return {
         "weight_precision": training.weight_precision.value,
         "moment_precision": training.moment_precision.value,

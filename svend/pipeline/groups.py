@@ -10,7 +10,8 @@ from typing import Any
 from svend.errors import ConfigError
 from svend.pipeline.schema import merge_trees, read_yaml
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+# A link in a working copy; in an installed package, the files themselves.
+CONF_DIR = (Path(__file__).resolve().parents[1] / "conf").resolve()
 GROUPS = ("scale", "data", "gates", "preset")  # of a run; sweeps and ladders have their own
 
 

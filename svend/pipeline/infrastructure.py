@@ -24,7 +24,7 @@ from svend.device import (
     resolve_device,
     resolve_precision,
 )
-from svend.errors import CheckpointError, DataError, ResourceError, UserError
+from svend.errors import CheckpointError, DataError, ResourceError, UserError, reason_of
 from svend.pipeline.benchmarking import read_questions
 from svend.pipeline.checkpoints import CheckpointManager, verify
 from svend.pipeline.checkpoints.files import format_bytes
@@ -133,9 +133,8 @@ class InfrastructureChecks:
         try:
             compiled = torch.compile(_gate, dynamic=False)(x)
         except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0][:200]
             raise ResourceError(
-                f"torch.compile fails here ({reason}); set training.compile=off"
+                f"torch.compile fails here ({reason_of(error)}); set training.compile=off"
             ) from error
         torch.testing.assert_close(compiled, _gate(x), rtol=1e-4, atol=1e-5)
         return "a compiled function gives the eager result"

@@ -30,6 +30,7 @@ from svend.pipeline.benchmarking import Question, read_questions
 from svend.pipeline.checkpoints import CheckpointManager, DriveCheckpointManager
 from svend.pipeline.checkpoints.drive import default_cache_dir, is_on_google_drive
 from svend.pipeline.config import ModelConfig, PipelineConfig, Precision
+from svend.pipeline.console import say
 from svend.pipeline.crew import Crew
 from svend.pipeline.hyperparameters import (
     HYPERPARAMETERS,
@@ -45,7 +46,6 @@ from svend.pipeline.init_from import StartingPoint, find_starting_point
 from svend.pipeline.own_model import FACTORY_FILE, ModelFactory, factory_source, source_digest
 from svend.pipeline.record import record_hyperparameters, record_inputs
 from svend.pipeline.replica import Replica, load_state, take_start
-from svend.pipeline.report import say
 from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_folder import RunFolder, RunIdentity
 from svend.pipeline.run_model import planned_model, registered_name

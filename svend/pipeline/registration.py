@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from svend import __version__
 from svend.pipeline.benchmarking import measured_how
 from svend.pipeline.checkpoints.files import verify
 from svend.pipeline.checkpoints.metadata import METADATA, MODEL, Checkpoint
@@ -88,6 +89,7 @@ def _register(
         job.model_name, job.tracked.run_id, checkpoint.weights_sha256
     ) or _register_files(job, checkpoint, {
         "svend.run_id": job.tracked.run_id,
+        "svend.version": __version__,
         CHECKPOINT_TAG: checkpoint.weights_sha256,
         "svend.data_fingerprint": corpus.fingerprint,
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
@@ -138,7 +140,7 @@ def _lineage_note(job: Job, checkpoint: Checkpoint) -> str:
         "weights": f"step {checkpoint.step}, held-out loss {loss:.4f}, checkpoint "
                    f"`{checkpoint.weights_sha256[:16]}`",
         "run": f"`{run_id}`, with config.yaml, verdicts.html and the evaluations below it",
-        "commit": f"`{tags.get('svend.git_commit', 'none')}`{dirty}",
+        "commit": f"`{tags.get('svend.git_commit', 'none')}`{dirty}, Svend {__version__}",
         "data": f"{job.config.training.data.recipe}, fingerprint `{corpus.fingerprint[:16]}`, "
                 f"tokenizer `{corpus.tokenizer.sha256[:16]}`",
         "run of the scale below": f"`{tags.get(PARENT_SCALE_TAG, 'none')}`",

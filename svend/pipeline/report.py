@@ -29,26 +29,9 @@ from svend.tracking.registry import RegisteredVersion
 
 # A line per step and every verdict at DEBUG, under the name that users know.
 run_logger = logging.getLogger("svend.pipeline.runner")
-PLAIN_LINE_SECONDS = 10.0
 COMPILING = "compiling one block for all"
 # For a time that a person can scale to a device of their own.
 EXAMPLE_FLOPS = 1e14
-
-
-def make_console() -> Console:
-    """Return the console; a pipe or a notebook gets plain text wide enough for the tables."""
-    console = Console(highlight=False, soft_wrap=False)
-    if console.is_terminal:
-        return console
-    # A notebook is a pipe too: drawn as HTML, each print would be a paragraph of its own, and its
-    # kernel asks by FORCE_COLOR for what moves a cursor.
-    return Console(highlight=False, width=110, force_jupyter=False,
-                   force_terminal=False if console.is_jupyter else None)
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is, from whichever thread."""
-    console.print(line, markup=False, soft_wrap=True)
 
 
 def show_plan(
@@ -137,8 +120,8 @@ def _plan_table(config: PipelineConfig, size: RunSize, own_model: str = "") -> T
     data = training.data
     title = "Plan: own model" if own_model else f"Plan: {model.name}"
     table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     table.add_row("scale", f"{training.model_scale.value}, preset {config.preset}")
     if own_model:
         table.add_row("model", own_model)
@@ -169,15 +152,15 @@ def _memory_text(memory: MemoryPlan, available_bytes: int) -> str:
     return f"about {memory.total / 1e9:.1f} GB of {available_bytes / 1e9:.1f} GB available"
 
 
-def show_checks(console: Console, results: Iterable[CheckResult]) -> bool:
-    """Print each check as it is decided; return whether all passed."""
-    passed = True
+def show_checks(console: Console, results: Iterable[CheckResult]) -> list[CheckResult]:
+    """Print each check as it is decided; return them all."""
+    shown = []
     for result in results:
         mark = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
         console.print(f"{mark}  {result.name:<20}  ", end="")
         console.print(result.detail, markup=False, soft_wrap=True)
-        passed = passed and result.passed
-    return passed
+        shown.append(result)
+    return shown
 
 
 class TrainingProgress(TerminalBar):
@@ -196,7 +179,6 @@ class TrainingProgress(TerminalBar):
         self._total = total_steps
         self._first = first_step
         self._started = time.monotonic()
-        self._line_shown = self._started
         self._compiles_after = compiles_after
         self._status = COMPILING if compiles_after == first_step else ""
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step)
@@ -213,10 +195,8 @@ class TrainingProgress(TerminalBar):
         if step == self._compiles_after:
             self._status = f"{self._status}  {COMPILING}".lstrip()
         self._bar.update(self._task, completed=step)
-        plain = not self._console.is_terminal
-        if plain and (now - self._line_shown > PLAIN_LINE_SECONDS or step in (1, self._total)):
-            self._console.print(f"step {step}/{self._total}  {self._status}")
-            self._line_shown = now
+        self.show_line(f"step {step}/{self._total}  {self._status}",
+                       at_once=step in (1, self._total))
 
     @property
     def status(self) -> str:
@@ -238,7 +218,7 @@ def verdict_table(rows: Iterable[dict[str, Any]], title: str) -> Table:
     for name in ("level", "gate", "verdict"):
         table.add_column(name, no_wrap=True)
     for name in ("value", "95% interval", "n"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("must be", no_wrap=True)
     for row in rows:
         verdict = Text(_verdict_text(row), style="green" if row["passed"] else "bold red")
@@ -284,7 +264,7 @@ def hyperparameters_table(carried: Sequence[Carried]) -> Table:
     """Return what a sweep's values became at this run's size, and why, as a table."""
     table = Table(title="Hyperparameters, carried from a sweep", title_justify="left")
     for name in ("key", "found", "here", "why"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in carried:
         table.add_row(row.key, format_value(row.found), format_value(row.here), row.why)
     return table

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from svend.errors import UserError
+from svend.errors import UserError, reason_of
 from svend.pipeline.config import PipelineConfig, Precision
 from svend.pipeline.folder_lock import LOCK_FILE, FolderLock
 from svend.pipeline.hyperparameters import HYPERPARAMETERS
@@ -90,9 +90,9 @@ class RunFolder:
             told = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             return cls(path, RunIdentity(**{**told, "precision": Precision(told["precision"])}))
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{path / RUN_FILE}: damaged ({reason}); restore it, or move the folder away"
+                f"{path / RUN_FILE}: damaged ({reason_of(error)}); restore it, or move the folder "
+                "away"
             ) from None
 
     @classmethod

@@ -19,6 +19,7 @@ from svend.pipeline.checkpoints import DriveCheckpointManager
 from svend.pipeline.checkpoints.drive import mount_google_drive
 from svend.pipeline.conclusion import conclude_run
 from svend.pipeline.config import Branch, PipelineConfig
+from svend.pipeline.console import make_console, say
 from svend.pipeline.crew import Crew, Farewell, stay_for_orders
 from svend.pipeline.divergence import (
     Divergence,
@@ -29,7 +30,7 @@ from svend.pipeline.divergence import (
     go_back,
 )
 from svend.pipeline.gatekeeper import STOPPING, Gatekeeper
-from svend.pipeline.infrastructure import InfrastructureChecks
+from svend.pipeline.infrastructure import CheckResult, InfrastructureChecks
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.job import Job, prepare_job
 from svend.pipeline.nested import NestedRun
@@ -37,7 +38,7 @@ from svend.pipeline.outcome import Ending, PipelineResult
 from svend.pipeline.own_model import ModelFactory, describe_model, find_model_factory
 from svend.pipeline.record import record_verdicts
 from svend.pipeline.replica import stage_steps
-from svend.pipeline.report import TrainingProgress, make_console, say, show_checks, show_plan
+from svend.pipeline.report import TrainingProgress, show_checks, show_plan
 from svend.pipeline.run_evaluation import evaluate_benchmarks, evaluate_heldout
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.run_model import build_model, planned_model
@@ -214,12 +215,17 @@ class ScaleRunner:
 
     def validate_infrastructure(self) -> bool:
         """Try what really breaks runs, print a line for each, and return whether all passed."""
+        return all(check.passed for check in self.check_infrastructure())
+
+    def check_infrastructure(self) -> list[CheckResult]:
+        """Try what really breaks runs, print a line for each, and return them."""
         try:
             config = self.config.resolve()
             mount_google_drive(Path(config.checkpoint_dir).expanduser())
         except UserError as error:
-            self._console.print(f"FAIL  configuration  {error}", markup=False, soft_wrap=True)
-            return False
+            return show_checks(
+                self._console, [CheckResult("configuration", False, str(error))]
+            )
         keep_freed_memory()
         checks = InfrastructureChecks(
             config,

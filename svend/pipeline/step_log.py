@@ -7,10 +7,11 @@ import time
 from rich.console import Console
 
 from svend.errors import HealthError
+from svend.pipeline.console import say
 from svend.pipeline.divergence import StepReading
 from svend.pipeline.health import HEALTH_TAG, HealthFigures, HealthMonitor
 from svend.pipeline.job import Job
-from svend.pipeline.report import run_logger, say
+from svend.pipeline.report import run_logger
 from svend.tracking.runs import MAX_TAG_LENGTH
 from svend.training.health import HealthReading
 from svend.training.loop import StepMetrics

@@ -1,29 +1,38 @@
-"""`svend sync`: its options, and what it prints."""
+"""`svend sync`: what runs could not tell their tracking store."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-HELP = """\
-a run writes what it logs into its folder first, and tells the tracking store as it can. This sends
-what a store that was down, or a process that was killed, left unsent; nothing is there twice.
+from svend.command import Call, Command, tell_loading, tell_next
 
-examples:
-  python -m svend sync checkpoints/svend
-  python -m svend sync checkpoints
-"""
+MOST_NAMED = 5
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `svend sync`."""
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER",
                         help="of a run, or the checkpoint_dir that holds those of several")
 
 
-def run(known: argparse.Namespace) -> None:
-    """Send what is left, a line for each run."""
-    print("starting: loading mlflow", flush=True)
+def _run(call: Call) -> int:
+    tell_loading("mlflow")
     from svend.pipeline.sync import sync
 
-    sync(known.folder)
+    sent = sync(call.options.folder)
+    call.answer = {"runs": sent}
+    tell_next("compare", *(run.run_id for run in sent if len(sent) <= MOST_NAMED))
+    return 0
+
+
+SYNC = Command(
+    name="sync",
+    summary="tell the tracking store what it missed",
+    description="Send the tracking store what runs could not, for it was down or they were killed. "
+    "A run writes what it logs into its folder first; nothing is there twice.",
+    makes="entries in the tracking store",
+    examples=("svend sync checkpoints", "svend sync checkpoints/svend"),
+    answer="runs, each with its folder, run_id, tracking_uri and entries_sent",
+    add_options=_add_options,
+    run=_run,
+)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
+from svend.command import tell, tell_next
 from svend.data.corpus import Corpus, build_corpus
 from svend.data.schemas import BUILT_IN
 from svend.data.stream import PackedSequences
@@ -27,6 +29,7 @@ from svend.pipeline.benchmarking import (
     read_questions,
 )
 from svend.pipeline.config import PipelineConfig, load_saved_config
+from svend.pipeline.console import make_console
 from svend.pipeline.evaluation_report import AnswerProgress, measurement_table
 from svend.pipeline.loading import CONFIG_FILE, MODEL_FACTORY, OWN_SOURCES, names_code
 from svend.pipeline.moves import Moves
@@ -37,7 +40,7 @@ from svend.pipeline.record import (
     record_evaluation,
     record_verdicts,
 )
-from svend.pipeline.report import make_console, verdict_table
+from svend.pipeline.report import format_seconds, verdict_table
 from svend.pipeline.validation import Evidence, GateLevel, PipelineValidator
 from svend.pipeline.verified_version import open_verified
 from svend.pipeline.version_files import (
@@ -114,12 +117,12 @@ def heldout_texts(loaded: LoadedVersion, count: int, report: Progress) -> list[l
 
 def evaluate_version(
     model_uri: str, benchmarks: Sequence[str], overrides: Sequence[tuple[str, str]]
-) -> None:
+) -> dict[str, Any]:
     """Measure benchmarks on a version, in a run of its own, and decide the levels they suffice for.
 
     The settings are those that the version was trained with, then `overrides`. What was measured
-    goes on record, where a promotion finds it; no alias moves. Raises UserError, in one line, for
-    what is missing or does not fit.
+    goes on record, where a promotion finds it; no alias moves. Returns what was measured and
+    decided. Raises UserError, in one line, for what is missing or does not fit.
     """
     console = make_console()
     asked = ("eval_benchmarks", f"[{', '.join(benchmarks)}]")
@@ -131,6 +134,9 @@ def evaluate_version(
     tracked = TrackedRun.begin(version.experiment, f"evaluate-{version.name}-v{version.version}")
     with ended_as_left(tracked):
         tracked.set_tags(tags_of_run_about(version, sha256))
+        tell(f"evaluate: {version.name} version {version.version}, saved at step {step}, on "
+             f"{', '.join(benchmarks)}; run {tracked.run_id}, at most "
+             f"{format_seconds(config.evaluation.budget_seconds)}")
         with AnswerProgress(console) as progress:
             evaluation = evaluate_model(
                 config, loaded.model, loaded.tokenizer, questions,
@@ -138,8 +144,20 @@ def evaluate_version(
                 progress.advance,
             )
         record_evaluation(tracked, evaluation, step)
-        _decide(config, version, evaluation, Evidence(step, sha256, None, tracked.run_id),
-                tracked, console)
+        levels = _decide(config, version, evaluation,
+                         Evidence(step, sha256, None, tracked.run_id), tracked, console)
+    tell_next(f"promote --model {version.name} --version {version.version}")
+    return {
+        "model": version.name, "version": version.version, "run_id": tracked.run_id,
+        "checkpoint_sha256": sha256, "step": step, "levels": levels,
+        "measurements": {
+            metric: {
+                "value": measured.value, "sample_size": measured.sample_size,
+                **dict(zip(("low_95", "high_95"), measured.interval or (None, None), strict=True)),
+            }
+            for metric, measured in evaluation.measurements.items()
+        },
+    }
 
 
 def tags_of_run_about(version: OpenedVersion, sha256: str) -> dict[str, str]:
@@ -184,8 +202,11 @@ def build_version_corpus(loaded: LoadedVersion, report: Progress) -> Corpus:
 def _decide(
     config: PipelineConfig, version: OpenedVersion, evaluation: Evaluation, evidence: Evidence,
     tracked: TrackedRun, console: Console,
-) -> None:
-    """Decide FULL and PRODUCTION where each of their metrics was measured; record the verdicts."""
+) -> dict[str, str]:
+    """Decide FULL and PRODUCTION where each of their metrics was measured; record the verdicts.
+
+    Returns what was decided of each level, in words.
+    """
     validator = PipelineValidator(
         config.strict_validation, gates=config.gates, thresholds=config.training.validation_gates
     )
@@ -212,10 +233,10 @@ def _decide(
     })
     console.print(
         f"recorded in run {tracked.run_id} (artifacts under {EVALUATION_ARTIFACTS}/) and in the "
-        f"tags of {version.name} version {version.version}; no alias was moved: svend promote "
-        f"--model {version.name} --version {version.version} --to LEVEL does, by what is on record",
-        soft_wrap=True,
+        f"tags of {version.name} version {version.version}; no alias was moved: a promotion does, "
+        "by what is on record", soft_wrap=True,
     )
+    return {name.removeprefix("svend.evaluation."): told for name, told in decided.items()}
 
 
 def _figure(measured: Measurement) -> str:

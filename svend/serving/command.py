@@ -10,43 +10,38 @@ import signal
 import socket
 from collections.abc import Sequence
 
+from svend.command import Call, Command, Takes, tell_loading
 from svend.errors import ConfigError, UserError
 
 # Where a version was trained, and in what precision, says nothing of where it is served.
 HERE = (("training.device", "auto"), ("training.precision", "auto"))
-HELP = """\
-settings of the version's config can be overridden, such as
-  --training.precision bf16   --training.device cpu
-
-examples:
-  python -m svend serve models:/svend-tiny-50m@standard
-  SVEND_TOKEN=... python -m svend serve models:/svend-tiny-50m@production --host 0.0.0.0 --tools on
-"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `svend serve`."""
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
-                        help="another than a loopback needs a token (127.0.0.1)")
-    parser.add_argument("--port", default=8000, type=int, metavar="N", help="(8000)")
+                        help="another than a loopback needs a token (default: 127.0.0.1)")
+    parser.add_argument("--port", default=8000, type=int, metavar="N",
+                        help="to listen on (default: 8000)")
     parser.add_argument("--token-env", default="SVEND_TOKEN", metavar="NAME",
-                        help="environment variable with the bearer token (SVEND_TOKEN)")
-    parser.add_argument("--tools", choices=("on", "off"), default="off",
-                        help="carry out calls of Svend's own tools (off)")
+                        help="environment variable with the bearer token (default: SVEND_TOKEN)")
+    parser.add_argument("--tools", choices=("on", "off"), default="off", metavar="on|off",
+                        help="carry out calls of Svend's own tools (default: off)")
     parser.add_argument("--lanes", default=8, type=int, metavar="N",
-                        help="requests that are answered at once (8)")
+                        help="requests that are answered at once (default: 8)")
     parser.add_argument("--max-waiting", default=64, type=int, metavar="N",
-                        help="requests that wait for a lane; more are refused with 429 (64)")
+                        help="requests that wait for a lane; more are refused with 429 (default: "
+                             "64)")
     parser.add_argument("--max-tokens", default=1024, type=int, metavar="N",
-                        help="of one answer, at most (1024)")
+                        help="of one answer, at most (default: 1024)")
     parser.add_argument("--timeout-seconds", default=120.0, type=float, metavar="S",
-                        help="of one request, waiting included (120)")
+                        help="of one request, waiting included (default: 120)")
     parser.add_argument("--int8", action="store_true", help="weights in int8")
 
 
-def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+def _run(call: Call) -> int:
     """Serve a version until the process is told to end."""
+    known = call.options
     token = os.environ.get(known.token_env) or None
     for name in ("lanes", "max_waiting", "max_tokens"):
         if getattr(known, name) < 1:
@@ -62,14 +57,15 @@ def run(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
             "set it to a token that clients must show, or serve on 127.0.0.1"
         )
     with _listen(known.host, known.port) as listener:
-        _answer(listener, known, overrides, token)
+        _answer(listener, known, call.overrides, token)
+    return 0
 
 
 def _answer(
     listener: socket.socket, known: argparse.Namespace, overrides: Sequence[tuple[str, str]],
     token: str | None,
 ) -> None:
-    print("starting: loading torch and mlflow", flush=True)
+    tell_loading("torch and mlflow")
     import uvicorn
 
     from svend.pipeline.version_evaluation import load_version
@@ -126,3 +122,24 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+SERVE = Command(
+    name="serve",
+    summary="answer chats by a registered version",
+    description="Serve a version by OpenAI's chat completions: streaming, a bearer token, limits, "
+    "a bounded queue. Ctrl-C ends it.",
+    makes="a server; nothing on disk",
+    notes="""\
+settings of the version's config can be overridden, such as
+  --training.precision bf16   --training.device cpu
+""",
+    examples=(
+        "svend serve models:/svend-tiny-50m@standard",
+        "svend serve models:/svend-tiny-50m@standard --port 8001 --tools on --int8",
+        "SVEND_TOKEN=... svend serve models:/svend-tiny-50m@production --host 0.0.0.0",
+    ),
+    takes=Takes.KEYS,
+    add_options=_add_options,
+    run=_run,
+)

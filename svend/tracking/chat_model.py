@@ -9,6 +9,8 @@ from pathlib import Path
 from mlflow.models import Model, ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
+from svend import __version__
+
 LOADER = "svend.serving.pyfunc"
 PACKAGES = ("mlflow", "numpy", "omegaconf", "safetensors", "tokenizers", "torch")
 
@@ -17,7 +19,7 @@ def describe_model(folder: Path, model_id: str, run_id: str) -> list[Path]:
     """Write MLmodel and requirements.txt into a folder; return their paths."""
     requirements = folder / "requirements.txt"
     pins = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in PACKAGES)
-    requirements.write_text(f"# beside Svend itself, whose loader reads the files\n{pins}",
+    requirements.write_text(f"# beside Svend {__version__}, whose loader reads the files\n{pins}",
                             encoding="utf-8")
     model = Model(
         run_id=run_id, model_id=model_id,

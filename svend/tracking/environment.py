@@ -16,7 +16,8 @@ def environment_tags() -> dict[str, str]:
     tags = {"svend.version": __version__}
     tags |= {f"svend.package.{name}": importlib.metadata.version(name) for name in PACKAGES}
     root = Path(__file__).resolve().parents[2]
-    commit = _git(root, "rev-parse", "HEAD")
+    # Installed as a package, Svend may lie within a repository of somebody else's.
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if commit is not None:
         tags["svend.git_commit"] = commit
         tags["svend.git_dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()

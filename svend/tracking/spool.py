@@ -21,9 +21,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from svend.errors import TrackingError
+from svend.errors import TrackingError, reason_of
 from svend.tracking.delivery import Entry, EntryKind, deliver, is_refusal
-from svend.tracking.store_errors import reason_of, store_error
+from svend.tracking.store_errors import store_error, store_reason
 
 SPOOL = "tracking"  # the spool's folder in a run's folder
 ENTRIES, SENT, ADDRESS = "entries.jsonl", "sent", "address.json"
@@ -75,9 +75,8 @@ class Spool:
             told = json.loads((folder / ADDRESS).read_text(encoding="utf-8"))
             return cls(folder, RunAddress(**told))
         except (OSError, ValueError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise TrackingError(
-                f"{folder}: is no record of a run's tracking ({reason}); restore it"
+                f"{folder}: is no record of a run's tracking ({reason_of(error)}); restore it"
             ) from None
 
     @property
@@ -272,7 +271,7 @@ class SpoolSender:
                 self._changed.notify_all()
 
     def _note_failure(self, error: Exception) -> None:
-        self._reason = reason_of(error)
+        self._reason = store_reason(error)
         if self._failed_since is None:
             self._failed_since = time.monotonic()
             self._notify(
@@ -348,7 +347,7 @@ def _deliver_each(
             with (spool.folder / REFUSED).open("a", encoding="utf-8") as stream:
                 stream.write(entry.to_line())
             notify(f"warning: tracking: the store refuses {entry.kind.value} for good "
-                   f"({reason_of(error)}); kept in {spool.folder / REFUSED}")
+                   f"({store_reason(error)}); kept in {spool.folder / REFUSED}")
 
 
 def _length_of_whole_lines(path: Path) -> int:

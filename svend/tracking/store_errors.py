@@ -16,7 +16,7 @@ from mlflow.protos.databricks_pb2 import (
 from mlflow.utils.credentials import read_mlflow_creds
 from requests import RequestException
 
-from svend.errors import PermissionRefused, TrackingError
+from svend.errors import PermissionRefused, TrackingError, reason_of
 
 UNKNOWN_USER = (ErrorCode.Name(UNAUTHENTICATED), ErrorCode.Name(CUSTOMER_UNAUTHORIZED))
 # A server that is reached by a name that it does not know answers 403 too.
@@ -30,7 +30,7 @@ def store_error(what: str, error: Exception, remedy: str) -> TrackingError:
     what: the store, or what was asked of it. remedy: what to do, unless it is about who asked.
     """
     kind = PermissionRefused if is_forbidden(error) else TrackingError
-    return kind(f"{what} ({reason_of(error)}); {_remedy(error) or remedy}")
+    return kind(f"{what} ({store_reason(error)}); {_remedy(error) or remedy}")
 
 
 @contextmanager
@@ -63,14 +63,14 @@ def as_user_error(error: Exception) -> TrackingError | None:
     )
 
 
-def reason_of(error: Exception) -> str:
-    """Return the first line of why a store did not do something, in terms of who asked."""
+def store_reason(error: Exception) -> str:
+    """Return why a store did not do something, in a line, in terms of who asked."""
     user = read_mlflow_creds().username
     if _is_unknown_user(error):
         return f"it does not take the password of {user}" if user else "it asks for a password"
     if is_forbidden(error):
         return f"{user} may not do that"
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return reason_of(error)
 
 
 def is_access(error: Exception) -> bool:

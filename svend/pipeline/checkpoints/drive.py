@@ -7,8 +7,8 @@ import hashlib
 import importlib
 from pathlib import Path
 
-from svend.errors import CheckpointError
-from svend.pipeline.checkpoints.files import reason_of, tidy_folder
+from svend.errors import CheckpointError, reason_of
+from svend.pipeline.checkpoints.files import tidy_folder
 from svend.pipeline.whole_files import write_bytes
 
 MOUNT_POINT = Path("/content/drive")  # where Colab's notebooks have Google Drive

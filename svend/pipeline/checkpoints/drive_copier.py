@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, reason_of
 from svend.pipeline.checkpoints.files import (
     copy_checkpoint,
     has_full_length,
-    reason_of,
     remove_checkpoints,
     tidy_folder,
     writer_name,

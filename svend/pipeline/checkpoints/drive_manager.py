@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Self
 
-from svend.errors import CheckpointError, ConfigError
-from svend.pipeline.checkpoints.files import UnreachableError, copy_checkpoint, reason_of, verify
+from svend.errors import CheckpointError, ConfigError, reason_of
+from svend.pipeline.checkpoints.files import UnreachableError, copy_checkpoint, verify
 from svend.pipeline.checkpoints.manager import CheckpointManager
 from svend.pipeline.checkpoints.metadata import Checkpoint, read_folder
 from svend.pipeline.config import FullDisk

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from svend.errors import CheckpointError
+from svend.errors import CheckpointError, reason_of
 from svend.pipeline.checkpoints.metadata import EXTRA_STATE, METADATA, Checkpoint, parse_metadata
 from svend.pipeline.state_files import read_state
 from svend.pipeline.whole_files import flush_folder, write_bytes
@@ -221,12 +221,6 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{max(0.0, count) / 1e3:.0f} KB"
-
-
-def reason_of(error: Exception) -> str:
-    """Return why it failed, in part of a line."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return getattr(error, "strerror", None) or lines[0][:200]
 
 
 def _sha256(path: Path) -> str:

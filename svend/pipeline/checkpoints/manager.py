@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from svend.errors import CheckpointError, ConfigError, RankLost
+from svend.errors import CheckpointError, ConfigError, RankLost, reason_of
 from svend.pipeline.checkpoints.files import (
     UnreachableError,
     check_loadable,
@@ -26,7 +26,6 @@ from svend.pipeline.checkpoints.files import (
     has_dead_writer,
     has_full_length,
     move_into_place,
-    reason_of,
     remove_checkpoints,
     tidy_folder,
     verify,

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
 from svend import __version__
+from svend.command import tell
 from svend.errors import ConfigError, PermissionRefused
 from svend.pipeline.compare.figures import DRAWN, Comparison, draw_figures
 from svend.pipeline.compare.predictions import fit_runs
@@ -23,6 +25,7 @@ from svend.pipeline.compare.runs import (
     runs_frame,
 )
 from svend.pipeline.compare.selection import COMPARISON, Wanted, choose_runs
+from svend.pipeline.console import make_console
 from svend.pipeline.outcome import ended_as_left
 from svend.pipeline.tags import NOTE_TAG
 from svend.tracking.environment import environment_tags
@@ -43,8 +46,8 @@ RUN_NAME = "comparison"
 FILES = (PAGE, f"{TABLE}.parquet", f"{TABLE}.csv", CURVES, *(f"{f.name}.png" for f in DRAWN))
 
 
-def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
-    """Write the report of the runs into a folder, log it, and return the page.
+def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> dict[str, Any]:
+    """Write the report of the runs into a folder, log it, and return where it is and the table.
 
     Raises UserError where a run is unknown or has no loss, or the folder cannot be written;
     nothing is written then. A user who may only read has the files, and the store has no run.
@@ -54,24 +57,31 @@ def compare(wanted: Wanted, out: Path, gpu_hour_price: float | None) -> Path:
     with told_by_the_store("compare"):
         chosen = choose_runs(wanted)
         runs = order_runs(chosen.runs)
+        tell(f"compare: reading {len(runs)} runs, for a report in {out.absolute()}")
         comparison = read_comparison(runs, chosen.left_out, gpu_hour_price)
         experiment = joined_experiment_name() or runs[0].experiment
     pages = _pages(runs)
     # Beside nothing of the user's, until all of it is there.
     with TemporaryDirectory() as place:
         folder = Path(place)
+        tell("compare: drawing")
         _write(comparison, folder, pages)
         _put(folder, out)
+        run_id, refusal = None, None
         try:
             with told_by_the_store(f"{out / PAGE}, written but not logged"):
-                logged = f"run {_log(folder, experiment, runs, comparison)}"
+                run_id = _log(folder, experiment, runs, comparison)
                 for experiment_id in {run.experiment_id for run in runs}:
                     prepare_scales_view(experiment_id)
         except PermissionRefused as refused:
             # Who may only read may compare, and has the files.
-            logged = f"no: {refused}"
-    _say(Console(highlight=False), comparison, out, logged, pages)
-    return out / PAGE
+            refusal = refused
+    logged = f"run {run_id}" if refusal is None else f"no: {refusal}"
+    _say(make_console(), comparison, out, logged, pages)
+    return {
+        "report": (out / PAGE).absolute(), "folder": out.absolute(), "run_id": run_id,
+        "left_out": comparison.left_out, "runs": comparison.runs.to_dict("records"),
+    }
 
 
 def read_comparison(

@@ -19,6 +19,7 @@ from svend.errors import (
     UserError,
 )
 from svend.pipeline.config import ModelScale, PipelineConfig
+from svend.pipeline.console import make_console, say
 from svend.pipeline.ladder.below import find_below
 from svend.pipeline.ladder.display import standing_table
 from svend.pipeline.ladder.options import Ladder, OnHold, OnStress, attempt_config
@@ -38,7 +39,7 @@ from svend.pipeline.ladder.trend import (
 )
 from svend.pipeline.outcome import Ending
 from svend.pipeline.own_model import ModelFactory, find_model_factory
-from svend.pipeline.report import make_console, say, show_next_steps
+from svend.pipeline.report import show_next_steps
 from svend.pipeline.run_folder import RunFolder
 from svend.pipeline.run_model import planned_model
 from svend.pipeline.runner import PipelineResult, ScaleRunner

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ from svend.pipeline.ladder.standing import Attempt, Standing, State
 from svend.pipeline.report import format_seconds
 from svend.planning.plan import RunSize, predict_memory_on, size_run
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
-from svend.planning.scaling_law import Point, predict, why_too_few
+from svend.planning.scaling_law import Point, Prediction, predict, why_too_few
 
 # A rung whose micro-batch is estimated to take longer is not timed but reckoned from the others.
 LONGEST_PROBE_SECONDS = 20.0
@@ -38,20 +38,39 @@ class RungPlan:
     fits: bool
     seconds: float | None
     measured: bool
-    predicted: str
+    predicted: Prediction | None
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as figures, with their units in their names."""
+        size, predicted = self.size, self.predicted
+        return {
+            "scale": self.scale, "model": self.model, "parameters": self.parameters,
+            "steps": size and size.total_steps, "tokens": size and size.tokens,
+            "memory_gb": self.memory_gb, "fits": self.fits, "seconds": self.seconds,
+            "seconds_measured": self.measured,
+            "predicted_loss_nats": predicted and predicted.loss,
+            "predicted_low_nats": predicted and predicted.low,
+            "predicted_high_nats": predicted and predicted.high,
+        }
 
 
-def plan_rungs(ladder: Ladder, history: Sequence[Attempt]) -> list[RungPlan]:
+def plan_rungs(
+    ladder: Ladder, history: Sequence[Attempt],
+    advance: Callable[[int, int], None] = lambda *_: None,
+) -> list[RungPlan]:
     """Return the plan of each rung, on this machine, before anything is trained.
 
-    history: rungs that are there, below and of this ladder, to predict losses from.
+    history: rungs that are there, below and of this ladder, to predict losses from. advance: is
+    called with how many are planned, and how many there are.
     """
     points = [point for attempt in history for point in attempt.points()]
     plans: list[RungPlan] = []
     utilisation: float | None = None
     for scale, config in ladder.rungs.items():
+        advance(len(plans), len(ladder.rungs))
         plan, utilisation = _plan_rung(scale, config, points, utilisation)
         plans.append(plan)
+    advance(len(plans), len(plans))
     return plans
 
 
@@ -81,10 +100,9 @@ def _plan_rung(
         branches = sum(b.end - b.start for b in training.branches(size.total_steps))
         flops = size.flops * (1 + branches / size.total_steps)
         seconds = flops / ((utilisation or ASSUMED_UTILISATION) * peak)
-    predicted = "known after the rungs below"
+    predicted = None
     if size is not None and why_too_few(points) is None:
-        found = predict(points, float(model.num_matrix_parameters()), float(size.tokens))
-        predicted = f"{found.loss:.4f} ({found.low:.4f} to {found.high:.4f})"
+        predicted = predict(points, float(model.num_matrix_parameters()), float(size.tokens))
     return RungPlan(
         scale, model.name, model.num_parameters(), size, memory.total / 1e9,
         memory.total <= available, seconds, measured, predicted,
@@ -104,17 +122,19 @@ def show_plan(console: Console, ladder: Ladder, name: str, plans: Sequence[RungP
     for heading, right in (("rung", False), ("model", False), ("parameters", True),
                            ("tokens", True), ("memory", True), ("time", True),
                            ("device hours", True), ("predicted loss", False)):
-        table.add_column(heading, justify="right" if right else "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     total = 0.0
     for plan in plans:
-        total += plan.seconds or 0.0
+        total, found = total + (plan.seconds or 0.0), plan.predicted
         table.add_row(
             plan.scale.value, plan.model, format_count(plan.parameters),
             "by the data" if plan.size is None else format_count(plan.size.tokens),
             f"{plan.memory_gb:.1f} GB" + ("" if plan.fits else ", does not fit"),
             "not known" if plan.seconds is None
             else ("" if plan.measured else "about ") + format_seconds(plan.seconds),
-            "" if plan.seconds is None else f"{plan.seconds / 3600:,.2f}", plan.predicted,
+            "" if plan.seconds is None else f"{plan.seconds / 3600:,.2f}",
+            "known after the rungs below" if found is None
+            else f"{found.loss:.4f} ({found.low:.4f} to {found.high:.4f})",
         )
     console.print(table)
     console.print(
@@ -131,7 +151,7 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
     for heading, right in (("rung", False), ("model", False), ("state", False), ("loss", True),
                            ("predicted", True), ("error", True), ("trend", False),
                            ("version", False), ("time", True)):
-        table.add_column(heading, justify="right" if right else "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for attempt in standing.attempts:
         predicted, loss = attempt.predicted, attempt.loss
         table.add_row(
@@ -146,27 +166,6 @@ def standing_table(standing: Standing, ladder: Ladder | None = None) -> Table:
     for scale, config in {} if ladder is None else ladder.rungs.items():
         if standing.newest(scale) is None:
             table.add_row(scale.value, config.model.name if config.model else "", "to come")
-    return table
-
-
-def backtest_table(backtest: pd.DataFrame) -> Table:
-    """Return how far the law was off at each size that it had not seen, at each horizon."""
-    table = Table(title="Each size predicted from the others", title_justify="left")
-    for heading in ("parameters", "tokens", "measured", "predicted", "95% interval", "error",
-                    "error from below"):
-        table.add_column(heading, justify="right")
-    rows = backtest.to_dict("records")
-    below = {(row["parameters"], row["tokens"], row["measured"]): row["error"]
-             for row in rows if row["fitted_on"] == "below"}
-    for row in rows:
-        if row["fitted_on"] == "others":
-            error = below.get((row["parameters"], row["tokens"], row["measured"]))
-            table.add_row(
-                format_count(int(row["parameters"])), format_count(int(row["tokens"])),
-                f"{row['measured']:.4f}", f"{row['predicted']:.4f}",
-                f"{row['low']:.4f} to {row['high']:.4f}", f"{row['error']:+.2%}",
-                "" if error is None else f"{error:+.2%}",
-            )
     return table
 
 

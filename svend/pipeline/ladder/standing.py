@@ -148,9 +148,18 @@ class Standing:
 
     def save(self) -> None:
         """Write the file, whole, to the disk."""
-        told = {"name": self.name, "run_id": self.run_id, "experiment": self.experiment,
+        write_whole(self.path / LADDER_FILE, json.dumps(self._tree(), indent=1))
+
+    def record(self) -> dict[str, Any]:
+        """Return what the file holds, with the loss that each attempt ended at, in nats."""
+        told = self._tree()
+        for attempt, of_attempt in zip(self.attempts, told["attempts"], strict=True):
+            of_attempt["loss_nats"] = attempt.loss
+        return told
+
+    def _tree(self) -> dict[str, Any]:
+        return {"name": self.name, "run_id": self.run_id, "experiment": self.experiment,
                 "attempts": [to_tree(attempt) for attempt in self.attempts]}
-        write_whole(self.path / LADDER_FILE, json.dumps(told, indent=1))
 
     def lock(self) -> FolderLock:
         return FolderLock(self.path, "ladder")

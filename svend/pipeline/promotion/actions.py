@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from svend.command import tell_next
 from svend.pipeline.config import GatesConfig
+from svend.pipeline.console import make_console
 from svend.pipeline.moves import LEVELS, Move, MoveKind, Moves
+from svend.pipeline.progress import CountProgress
 from svend.pipeline.promotion import climb
 from svend.pipeline.promotion.audit import audit_model, repair_aliases
 from svend.pipeline.promotion.lineage import trace
 from svend.pipeline.promotion.standing import next_level
-from svend.pipeline.report import make_console
 from svend.pipeline.validation import GateLevel
 from svend.tracking.ledger import registered_models
 from svend.tracking.store_errors import told_by_the_store
@@ -24,7 +25,7 @@ from svend.tracking.store_errors import told_by_the_store
 def promote(
     model: str, version: str | None, to: str | None, gates: GatesConfig,
     overrides: Sequence[tuple[str, str]],
-) -> None:
+) -> list[dict[str, Any]]:
     """Have a version climb to a level, or to the one above its own; print what was moved."""
     with told_by_the_store(f"promotion of {model}"):
         level = (next_level(Moves.find(model).history(), model, version)
@@ -33,35 +34,29 @@ def promote(
             model=model, to=level, version=version, gates=gates, overrides=overrides
         )
         moved = climb.Climb(promotion, make_console()).run()
-    _show_moved(model, moved)
+    return _show_moved(model, moved)
 
 
-def override(model: str, version: str | None, to: str, reason: str) -> None:
+def override(model: str, version: str | None, to: str, reason: str) -> list[dict[str, Any]]:
     """Move an alias without a verdict; print what was moved."""
     with told_by_the_store(f"promotion of {model}"):
         moved = climb.override(model, version, GateLevel(to), reason, make_console())
-    _show_moved(model, [moved])
+    return _show_moved(model, [moved])
 
 
-def roll_back(model: str, level: str, reason: str | None) -> None:
+def roll_back(model: str, level: str, reason: str | None) -> list[dict[str, Any]]:
     """Give a level back to its last holder; print what was moved."""
     with told_by_the_store(f"roll-back of {model}"):
         moved = climb.roll_back(model, GateLevel(level), reason, make_console())
-    _show_moved(model, [moved])
+    return _show_moved(model, [moved])
 
 
-def show_history(model: str, *, as_json: bool) -> None:
-    """Print every move of a model, and who holds what."""
+def show_history(model: str) -> list[dict[str, Any]]:
+    """Print every move of a model, and who holds what; return the moves."""
     with told_by_the_store(f"history of {model}"):
         history = Moves.find(model).history()
-    if as_json:
-        print(json.dumps([
-            {**move.content(), "number": move.number, "decided": history.verdict(move)}
-            for move in history.moves
-        ]))
-        return
     table = Table(title=f"Moves of {model}", title_justify="left")
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", overflow="fold")
     for name in ("time (UTC)", "by", "level", "from", "to"):
         table.add_column(name, no_wrap=name != "by", overflow="fold")
     for name in ("what", "verdict; reason"):
@@ -81,18 +76,25 @@ def show_history(model: str, *, as_json: bool) -> None:
         if holder is not None:
             overridden = ", overridden" if holder.kind is MoveKind.OVERRIDDEN else ""
             console.print(f"{level.value}: version {holder.version}{overridden}")
+    if history.moves:
+        tell_next(f"lineage models:/{model}/{history.moves[-1].version}")
+    return [
+        {**move.content(), "number": move.number, "decided": history.verdict(move)}
+        for move in history.moves
+    ]
 
 
-def audit(model: str | None, gates: GatesConfig, *, repair: bool, as_json: bool) -> int:
-    """Check one model or the whole registry; print what is found; return 1 if anything is."""
+def audit(model: str | None, gates: GatesConfig, *, repair: bool) -> list[dict[str, Any]]:
+    """Check one model or the whole registry; print and return what is found."""
     console = make_console()
     with told_by_the_store("audit"):
         names = [model] if model else registered_models()
         repaired = {name: repair_aliases(name) for name in names} if repair else {}
-        findings = [finding for name in names for finding in audit_model(name, gates)]
-    if as_json:
-        print(json.dumps([finding.record() for finding in findings]))
-        return min(1, len(findings))
+        findings = []
+        with CountProgress(console, "audited") as progress:
+            for number, name in enumerate(names, 1):
+                findings += audit_model(name, gates)
+                progress.advance("models", number, len(names))
     for name, done in repaired.items():
         for line in done:
             console.print(f"repaired {name}: {line}", soft_wrap=True, markup=False)
@@ -106,16 +108,15 @@ def audit(model: str | None, gates: GatesConfig, *, repair: bool, as_json: bool)
         f"{audited}: {len(findings)} found" if findings else
         f"{audited}: every alias is backed by a verdict on its weights, and every record is whole"
     )
-    return min(1, len(findings))
+    if findings and not repair:
+        tell_next("audit", *(["--model", model] if model else []), "--repair")
+    return [finding.record() for finding in findings]
 
 
-def show_lineage(uri: str, *, as_json: bool) -> None:
-    """Print what made a version."""
+def show_lineage(uri: str) -> dict[str, Any]:
+    """Print what made a version, and return it."""
     with told_by_the_store(f"lineage of {uri}"):
         lineage = trace(uri)
-    if as_json:
-        print(json.dumps(lineage.record()))
-        return
     table = Table(title=f"{lineage.name} version {lineage.version}", show_header=False,
                   title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -123,9 +124,11 @@ def show_lineage(uri: str, *, as_json: bool) -> None:
     for what, value in lineage.facts:
         table.add_row(what, escape(value))
     make_console().print(table)
+    tell_next(f"history {lineage.name}")
+    return lineage.record()
 
 
-def _show_moved(model: str, moved: Sequence[Move]) -> None:
+def _show_moved(model: str, moved: Sequence[Move]) -> list[dict[str, Any]]:
     console = make_console()
     for move in moved:
         assert move.level is not None  # a registration is not made here
@@ -135,7 +138,9 @@ def _show_moved(model: str, moved: Sequence[Move]) -> None:
             f"{model} version {move.version}: {move.kind.value}, {move.level.value}{former} "
             f"(entry {move.number})", soft_wrap=True, markup=False,
         )
-    console.print(f"svend history {model} shows every move, svend audit checks them")
+    highest = moved[-1].level if moved else None
+    tell_next(f"history {model}" if highest is None else f"serve models:/{model}@{highest.value}")
+    return [{**move.content(), "number": move.number} for move in moved]
 
 
 def _summary(verdict: Mapping[str, Any] | None) -> str:

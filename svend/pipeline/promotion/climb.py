@@ -11,6 +11,7 @@ from rich.console import Console
 from svend.errors import GateFailure, UserError
 from svend.pipeline.benchmarking import measured_how
 from svend.pipeline.config import GatesConfig
+from svend.pipeline.console import say
 from svend.pipeline.moves import (
     LEVELS,
     MAX_REASON,
@@ -83,6 +84,8 @@ class Climb:
                 PROMOTION_TAG: opened.name,
                 **tags_of_run_about(opened, registration.checkpoint_sha256),
             })
+            say(self._console, f"promote: {opened.name} version {version} to {promotion.to.value}; "
+                f"what is not on record is measured now, in run {tracked.run_id}")
             return self._climb(candidate, history, tracked)
 
     def _climb(self, candidate: Candidate, history: History, tracked: TrackedRun) -> list[Move]:

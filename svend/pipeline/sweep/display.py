@@ -26,8 +26,8 @@ def show_plan(console: Console, sweep: Sweep, place: Place) -> None:
     model, training = config.model, config.training
     assert model is not None  # set by PipelineConfig.resolve
     table = Table(title=f"Sweep: {place.study}", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     default = sweep.default_values()
     for dimension in sweep.space:
         table.add_row(dimension.key, f"{dimension.describe()} (now {default[dimension.key]})")
@@ -98,7 +98,7 @@ class SweepProgress(TerminalBar):
         text += f"{', ' if text else ''}{pruned} stopped early" if pruned else ""
         text += f"{', ' if text else ''}{failed} failed" if failed else ""
         self._bar.update(self._task, completed=len(ended), best=text)
-        if len(ended) != self.ended and not self._console.is_terminal:
-            self._console.print(f"{self._what}: {len(ended)}/{self._wanted}  {text}")
+        if len(ended) != self.ended:
+            self.show_line(f"{self._what}: {len(ended)}/{self._wanted}  {text}", at_once=True)
         self.ended = len(ended)
         return self.ended >= self._wanted

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from svend.errors import Interrupted, UserError
 from svend.pipeline.config import PipelineConfig
+from svend.pipeline.console import make_console
 from svend.pipeline.interruption import StopSignals
 from svend.pipeline.outcome import Ending
-from svend.pipeline.report import make_console, show_next_steps
+from svend.pipeline.report import show_next_steps
 from svend.pipeline.sweep.claim import ParentClaim, TakenOver
 from svend.pipeline.sweep.confirmation import (
     DOUBLE_RATE,
@@ -235,4 +236,5 @@ def _track(config: PipelineConfig, search: SweepStudy, place: Place) -> TrackedR
 
 def worker_command(arguments: Sequence[str]) -> list[str]:
     """Return the command that starts a worker with the options that this process was given."""
-    return [sys.executable, "-m", "svend", "sweep", *arguments, "--join"]
+    own = [word for word in arguments if word != "--json"]
+    return [sys.executable, "-m", "svend", "sweep", *own, "--join"]

@@ -142,12 +142,12 @@ def trials_table(search: SweepStudy) -> Table:
     """Return the best trials as a table."""
     trials = search.trials
     table = Table(title=f"The best of {len(trials)} trials", title_justify="left")
-    table.add_column("trial", justify="right")
-    table.add_column("loss", justify="right")
+    table.add_column("trial", justify="right", overflow="fold")
+    table.add_column("loss", justify="right", overflow="fold")
     best = search.ended()[:SHOWN_TRIALS]
     keys = list(dict.fromkeys(key for trial in best for key in trial.params))
     for key in keys:
-        table.add_column(key.removeprefix("training."), justify="right")
+        table.add_column(key.removeprefix("training."), justify="right", overflow="fold")
     for trial in best:
         loss = "diverged" if state_of(trial) == "diverged" else f"{trial.value:.4f}"
         values = (format_value(trial.params.get(key)) for key in keys)
@@ -159,7 +159,7 @@ def rules_table(rules: Sequence[Rule]) -> Table:
     """Return the conditions for carrying the result upward as a table."""
     table = Table(title="May the result be carried upward?", title_justify="left")
     for name in ("condition", "holds", "measured"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for rule in rules:
         holds = Text("yes", style="green") if rule.holds else Text("NO", style="bold red")
         table.add_row(rule.name, holds, rule.why)
