@@ -55,7 +55,8 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     assert json.loads((runs[1].path / "run.json").read_text()) == {
         "run_id": "1", "tracking_uri": "sqlite:///x", "experiment": "svend", "scale": "tiny",
         "data_fingerprint": "da7a", "device": "cpu", "precision": "fp32",
-        "compiled": False, "tokenizer_sha256": "t0ken", "finished": False, "forced": []}
+        "compiled": False, "tokenizer_sha256": "t0ken", "model_factory_sha256": "",
+        "finished": False, "forced": []}
 
 
 @pytest.mark.parametrize("experiment", ["../../escape", "a/b", "..", ".hidden", "é ü", "   "])
