@@ -22,7 +22,8 @@ from tests.registry import store
 
 WSD = {"training.schedule": "wsd", "training.decay_ratio": "0.25", "training.warmup_ratio": "0.1",
        "training.logging_steps": "5", "training.save_steps": "20", "training.save_total_limit": "9",
-       "model.hidden_size": "32", "model.vocab_size": "512", "health.every_steps": "null"}
+       "model.hidden_size": "32", "model.vocab_size": "512", "health.every_steps": "null",
+       "training.batch_size": "4"}
 
 
 class Bench:
