@@ -131,12 +131,23 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of unmapping them.
 
     A step frees and takes the same large tensors again; mapping them anew costs hundreds of
-    thousands of page faults a step. The price is that memory, once used, stays with the process.
+    thousands of page faults a step. The price is that memory, once used, stays with the process,
+    until `return_freed_memory`.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return what is free, where a process turns to something else.
+
+    What it takes next has other sizes, and would lie beside the holes of what went before.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def can_compile(device: torch.device) -> bool:

@@ -128,7 +128,7 @@ CONFIGURATIONS = [Row(f"plan --{setting}", says) for setting, says in VALUES] + 
 # Command lines.
 
 COMMAND_LINES = [
-    Row("", "the following arguments are required: command"),
+    Row("", "the following arguments are required: COMMAND"),
     Row("predict", "invalid choice: 'predict'"),
     Row("Train", "invalid choice: 'Train'"),
     Row("--scale tiny", "argument command: invalid choice: 'tiny'"),

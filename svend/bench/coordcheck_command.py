@@ -51,6 +51,10 @@ def _run(call: Call) -> int:
         raise UserError("--learning-rate must be above 0")
     if len({*options.widths}) < 2 and len({*options.depths}) < 2:
         raise UserError("coordcheck: give at least two --widths or two --depths")
+    if options.without:
+        from svend.models.parametrisation import Rule
+
+        check_names("without", [options.without], [rule.value for rule in Rule])
     tell_loading("torch")
     from svend.bench.coordinates import (
         Check,
@@ -63,8 +67,6 @@ def _run(call: Call) -> int:
     from svend.models.parametrisation import Rule
     from svend.pipeline.console import make_console
 
-    if options.without:
-        check_names("without", [options.without], [rule.value for rule in Rule])
     check = Check(
         optimizer=Optimizer(options.optimizer),
         parametrisation=Parametrisation(options.parametrisation),

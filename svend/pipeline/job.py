@@ -22,6 +22,7 @@ from svend.device import (
     keep_freed_memory,
     resolve_device,
     resolve_precision,
+    return_freed_memory,
 )
 from svend.errors import ConfigError
 from svend.models.transformer import ReasoningTransformer
@@ -146,6 +147,7 @@ def prepare_job(
     training, carried = carry(found, config, total_steps) if found else (config.training, [])
     config = replace(config, training=training)
     plan = plan_run(training, model_config, total_steps, means.memory, device, means.compiled)
+    return_freed_memory()
     manager = None if folder is None else _checkpoint_manager(config, folder)
     start = None
     if config.init_from and (manager is None or not manager.list_checkpoints()):

@@ -6,7 +6,7 @@ process that it runs in, and what else it is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +16,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from svend.data.stream import PackedSequences
-from svend.device import DTYPES
+from svend.data.stream import Batch, PackedSequences
+from svend.device import DTYPES, return_freed_memory
 from svend.evaluation.heldout import HeldoutLoss, sum_heldout_losses
 from svend.models import shards
 from svend.models.shards import is_sharded, whole
@@ -33,6 +33,8 @@ from svend.training.loop import StepMetrics, train_steps
 from svend.training.schedules import learning_rate_factor
 from svend.training.state import TrainState
 
+# Held-out sequences: each would else take fresh memory beside what the ones before it freed.
+BETWEEN_RETURNS = 4
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -138,8 +140,8 @@ def measure_heldout(replica: Replica) -> HeldoutLoss:
     numbers = [min(n, count - 1) for n in range(ranks.rank, count + ranks.rank, ranks.size)]
     numbers += numbers[-1:] * (-(-count // ranks.size) - len(numbers))
     measured = sum_heldout_losses(
-        replica.state.model, (replica.heldout.batch(number, 1) for number in numbers),
-        training.precision, replica.device,
+        replica.state.model, _heldout_batches(replica.heldout, numbers), training.precision,
+        replica.device,
     )
     shards.reshard(replica.state.model)
     if ranks.size > 1:
@@ -149,6 +151,14 @@ def measure_heldout(replica: Replica) -> HeldoutLoss:
         dist.all_gather_object(shares, measured, group=ranks.orders)
         measured = [shares[n % ranks.size][n // ranks.size] for n in range(count)]
     return HeldoutLoss.of(measured)
+
+
+def _heldout_batches(heldout: PackedSequences, numbers: Sequence[int]) -> Iterator[Batch]:
+    """Yield sequences one by one, and have what they leave free returned."""
+    for place, number in enumerate(numbers):
+        if place % BETWEEN_RETURNS == 0:
+            return_freed_memory()
+        yield heldout.batch(number, 1)
 
 
 def count_nonfinite(replica: Replica) -> int:

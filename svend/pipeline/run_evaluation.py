@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from svend.device import return_freed_memory
 from svend.evaluation.heldout import HeldoutLoss
 from svend.evaluation.measurement import Measurement
 from svend.models.transformer import ReasoningTransformer
@@ -22,6 +23,7 @@ def evaluate_heldout(job: Job) -> HeldoutLoss:
     """Measure the held-out loss, and log it unless it was logged at this step before."""
     with job.spending("evaluating"):
         measured = job.call(measure_heldout)
+        return_freed_memory()
     job.final_loss = measured.loss
     if math.isnan(job.first_loss):
         job.first_loss = measured.loss
@@ -65,6 +67,7 @@ def evaluate_benchmarks(
             config, whole, job.corpus.tokenizer, job.questions if answers else [],
             lambda: heldout, progress.advance, is_stopped,
         )
+        return_freed_memory()
     record_evaluation(job.tracked, evaluation, job.state.step)
     job.measured = evaluation.measurements
     console.print(measurement_table(evaluation.results, evaluation.measurements))
