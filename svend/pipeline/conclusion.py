@@ -131,8 +131,8 @@ def _describe_end(
 ) -> None:
     version = None if registered is None else f"{registered.name} version {registered.version}"
     job.tracked.set_tags({NOTE_TAG: "\n\n".join((
-        describe_run(job.config, job.plan, job.corpus),
         describe_end(best.step, best.metrics["loss"], rows, version),
+        describe_run(job.config, job.plan, job.corpus),
     ))})
 
 
