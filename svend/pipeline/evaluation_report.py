@@ -78,13 +78,17 @@ def sample_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 def samples_html(result: BenchmarkResult) -> str:
     """Return a page with every sample, the wrong ones first."""
     rows = sorted(sample_rows(result.samples), key=lambda row: row["verdict"], reverse=True)
-    figures = "".join(
-        f"<li>{html.escape(metric)}: {measured.value:.4g}"
+    figures = {
+        metric: f"<li>{html.escape(metric)}: {measured.value:.4g}"
         + (f" ({measured.interval[0]:.4g} to {measured.interval[1]:.4g})"
            if measured.interval else "")
         + (f", n = {measured.sample_size:,}" if measured.sample_size else "")
         for metric, measured in result.measurements.items()
-    )
+    }
+    whole = "".join(text for metric, text in figures.items() if "/" not in metric)
+    by_group = "".join(text for metric, text in figures.items() if "/" in metric)
+    if by_group:
+        by_group = f"<details><summary>by group</summary><ul>{by_group}</ul></details>"
     columns = ("verdict", "problem", "group", "prompt", "answer", "read", "expected", "reason")
     head = "".join(f"<th>{column}" for column in columns)
     body = "".join(
@@ -93,8 +97,8 @@ def samples_html(result: BenchmarkResult) -> str:
     )
     return (
         f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>"
-        f"<h2>{html.escape(result.benchmark.name)}</h2><ul>{figures}</ul>"
-        f"<table><tr>{head}{body}</table>"
+        f"<h2>{html.escape(result.benchmark.name)}</h2><ul>{whole}</ul>"
+        f"{by_group}<table><tr>{head}{body}</table>"
     )
 
 

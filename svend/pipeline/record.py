@@ -55,8 +55,8 @@ def record_inputs(
     }}
     # Under a prefix: `mlflow run` has logged its own parameters as they were typed.
     tracked.log_params({f"config.{key}": value for key, value in flatten(tree).items()})
+    # In the order in which a run's page shows them.
     tracked.set_tags({
-        **environment_tags(),
         "svend.scale": config.training.model_scale.value,
         "svend.preset": config.preset,
         "svend.recipe": data.recipe,
@@ -64,6 +64,7 @@ def record_inputs(
         "svend.data_fingerprint": corpus.fingerprint,
         "svend.tokenizer_sha256": corpus.tokenizer.sha256,
         NOTE_TAG: describe_run(config, plan, corpus),
+        **environment_tags(),
     })
     tracked.log_text(to_yaml(config), CONFIG_FILE)
     for name, text in corpus.tokenizer.files().items():
