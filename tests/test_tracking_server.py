@@ -392,7 +392,8 @@ def test_who_may_train_sweeps_evaluates_promotes_and_compares(
         ("quick", "standard", "full", "production"), "1"
     )
     history = ada.svend("history", MODEL, "--json")
-    moves = json.loads(history.stdout.splitlines()[-1])
+    # What people read stands before the document: both streams are one here.
+    moves = json.loads(history.stdout[history.stdout.index("[\n"):])
     assert {move["by"] for move in moves} == {f"ada@{socket.gethostname()}"}
     audited = ada.svend("audit")
     found = [line.split("  ")[0] for line in audited.stdout.splitlines() if f" {MODEL} " in line]
