@@ -18,9 +18,13 @@ demo: .venv/installed ## Climb a ladder in miniature, and write its report
 test: .venv/installed ## Run the tests, without the slow ones
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
 
-coverage: .venv/installed ## Run the tests, and count the lines of svend/ that they reach
+# Of the slow tests those of a whole sweep, of several processes, and of MLflow's own server.
+SLOW_COVERED := tests/test_sweep.py tests/test_launch.py tests/test_mlflow_serving.py
+
+coverage: .venv/installed ## Run the tests and some slow ones, and count the lines of svend/ that they reach
 	rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 python -m coverage run -m pytest -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 python -m coverage run -m pytest -m slow -n 2 --dist worksteal $(SLOW_COVERED)
 	python -m coverage combine --quiet
 	python -m coverage report
 

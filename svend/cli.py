@@ -68,6 +68,7 @@ docs/ have the rest, docs/commands.md a table of all commands. Completion by the
   eval "$(svend completion bash)"
 """
 EXIT_USER_ERROR = 1
+EXIT_NO_READER = 141  # as a shell tells of a process that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion_command.offer(make_parser())
     try:
         code = _code_of(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read along has gone, as head does: Python's own flush is to find nobody missing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_NO_READER
     except SystemExit as ended:  # argparse, after --help: a notebook is not to end by it
         code = ended.code if isinstance(ended.code, int) else EXIT_USER_ERROR
     parallel = sys.modules.get("svend.training.parallel")

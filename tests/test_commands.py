@@ -354,3 +354,12 @@ def test_the_page_of_all_commands_says_what_they_say() -> None:
 
 def test_svend_is_in_the_environment_that_python_is_of() -> None:
     assert (Path(sys.executable).parent / "svend").exists(), os.environ["PATH"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m svend scales | head -1"], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, capture_output=True,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert len(done.stdout.splitlines()) == 1
