@@ -129,9 +129,9 @@ CONFIGURATIONS = [Row(f"plan --{setting}", says) for setting, says in VALUES] + 
 
 COMMAND_LINES = [
     Row("", "the following arguments are required: COMMAND"),
-    Row("predict", "invalid choice: 'predict'"),
+    Row("predict", "the following arguments are required: TABLE.csv"),
     Row("Train", "invalid choice: 'Train'"),
-    Row("--scale tiny", "argument command: invalid choice: 'tiny'"),
+    Row("--scale tiny", "argument COMMAND: invalid choice: 'tiny'"),
     Row("train tiny", "'tiny' is not an option"),
     Row("train -x", "'-x' is not an option"),
     Row("train --", "no value"),
@@ -151,7 +151,7 @@ COMMAND_LINES = [
     Row("plan --resume", "--resume has no value"),
     Row("scales --all", "scales takes no option --all"),
     Row("scales tiny", "scales takes no option tiny"),
-    Row("bench", "the following arguments are required: kind"),
+    Row("bench", "bench: name a kind, or give --gpu-report"),
     Row("bench fly", "invalid choice: 'fly'"),
     Row("bench train --steps many", "--steps"),
     Row("evaluate", "the following arguments are required: --model"),
