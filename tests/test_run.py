@@ -426,8 +426,9 @@ def test_a_run_killed_before_its_verdict_gets_it_when_resumed(workplace: Workpla
     assert resumed.returncode == 0, resumed.stdout
     lines = (folder / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["level"] for line in lines if line} == {"quick", "standard"}
+    # The same weights of the same run are the same version.
     client = MlflowClient(workplace.tracking_uri)
-    assert client.get_registered_model("svend-debug").aliases["standard"] == 2
+    assert client.get_registered_model("svend-debug").aliases["standard"] == 1
 
 
 @pytest.mark.slow
