@@ -36,7 +36,7 @@ def main(combination_json: str, freed: str) -> None:
     if Freed(freed) is Freed.KEPT:
         keep_freed_memory()
     else:
-        _return_freed_memory()
+        _map_each_tensor()
     process_bytes = psutil.Process().memory_info().rss
     state = build_fresh_state(model, training)
     for _ in train_steps(state, training, STEPS):
@@ -44,7 +44,7 @@ def main(combination_json: str, freed: str) -> None:
     print(json.dumps({"process_bytes": process_bytes, "peak_bytes": _peak_bytes()}))
 
 
-def _return_freed_memory() -> None:
+def _map_each_tensor() -> None:
     """Have glibc map each large tensor by itself, and unmap it when it is freed.
 
     Then the most that the process held is the most that its tensors took at once.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
-from svend.device import return_freed_memory
 from svend.pipeline.checkpoints import Checkpoint
 from svend.pipeline.job import Job, Saving
 from svend.pipeline.replica import begin_partial_save, sharded_bytes
@@ -49,7 +48,6 @@ def finish_save(job: Job) -> tuple[Checkpoint, tuple[ValidationResult, ...]] | N
             c for c in job.manager.list_checkpoints() if c.checkpoint_id == checkpoint_id
         )
     job.saved_step = saving.step
-    return_freed_memory()  # the copy that was saved
     # What the loop waited for: the copy, and the writing as far as it was not done by now.
     stall_seconds = saving.stall_seconds + time.perf_counter() - started_seconds
     job.tracked.log_metrics({
