@@ -6,14 +6,16 @@ docs/gpu.md says which of it has been run.
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import subprocess
+from typing import Any
 
 import torch
 from torch import Tensor
 
 HOPPER = (9, 0)  # the compute capability of an H100
+# That K may be less than H: torch 2.11 takes it without being told, and cannot be told.
+GROUPS_QUERIES: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
 
 
 def is_available() -> bool:
@@ -119,16 +121,6 @@ def copy_through_pinned_memory(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def groups_queries() -> bool:
-    """Whether torch's variable-length attention takes fewer key heads than query heads.
-
-    That of torch 2.11 does not.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
 def attend_varlen(
     q_NHS: Tensor, k_NKS: Tensor, v_NKS: Tensor, offsets_E: Tensor, longest: int
 ) -> Tensor:
@@ -141,7 +133,7 @@ def attend_varlen(
 
     out_NHS = varlen_attn(
         q_NHS, k_NKS, v_NKS, offsets_E, offsets_E, longest, longest,
-        window_size=(-1, 0), enable_gqa=True,
+        window_size=(-1, 0), **GROUPS_QUERIES,
     )
     assert isinstance(out_NHS, Tensor)  # without the auxiliary outputs that were not asked for
     return out_NHS

@@ -32,7 +32,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device; raises ResourceError if CUDA is asked for and absent, or torch too old."""
+    """Return the device; raises ResourceError if CUDA is asked for and absent."""
     has_cuda = cuda.is_available()
     if device is Device.CUDA and not has_cuda:
         raise ResourceError(
@@ -41,11 +41,6 @@ def resolve_device(device: Device) -> torch.device:
         )
     if not has_cuda or device is Device.CPU:
         return torch.device("cpu")
-    if not cuda.groups_queries():
-        raise ResourceError(
-            f"torch {torch.__version__}: its varlen_attn takes no grouped queries (enable_gqa), "
-            "which attention on CUDA needs; install torch 2.13"
-        )
     return torch.device("cuda")
 
 

@@ -6,12 +6,6 @@ import ast
 from pathlib import Path
 
 import pytest
-import torch
-
-from svend import cuda
-from svend.device import resolve_device
-from svend.errors import ResourceError
-from svend.pipeline.config import Device
 
 SVEND = Path(__file__).resolve().parents[1] / "svend"
 # The worker of `bench train` imports nothing of Svend but the spec: a peer has its own environment.
@@ -47,15 +41,3 @@ def test_no_other_module_names_torch_cuda() -> None:
 def test_each_way_of_naming_it_is_seen(source: str) -> None:
     assert names_cuda(source)
     assert not names_cuda('"""torch.cuda"""\nfrom svend import cuda\ncuda.synchronize()')
-
-
-def test_a_torch_without_grouped_queries_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert cuda.groups_queries()  # that of the pinned torch does
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    assert resolve_device(Device.AUTO) == torch.device("cuda")
-    monkeypatch.setattr(cuda, "groups_queries", lambda: False)
-    assert resolve_device(Device.CPU) == torch.device("cpu")
-    with pytest.raises(ResourceError, match=r"^torch .+enable_gqa.+install torch 2\.13$"):
-        resolve_device(Device.AUTO)

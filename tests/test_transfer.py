@@ -117,7 +117,7 @@ def test_a_diverged_run_counts_as_an_infinite_loss(tmp_path: Path) -> None:
     plot_transfer([curve], tmp_path / "plot.png")
 
 
-SETTING = Setting("adamw", 32, 1, 300, 2, 16, 3, "hash")
+SETTING = Setting("adamw", 32, 1, 32, 300, 2, 16, 3, "cpu", "fp32", "hash")
 
 
 def test_results_are_read_back_and_those_of_another_setting_refused(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_the_command_runs_only_what_is_not_in_the_file(
     ]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "3 runs, 0 of them done before" in captured.err
-    assert "3 of 3: completep 32x1" in captured.err
+    assert "3 runs, 0 of them done before" in captured.out
+    assert "3 of 3: completep 32x1" in captured.out
     told = json.loads(file.read_text())
     assert [run["case"]["learning_rate"] for run in told["runs"]] == [0.0005, 0.001, 0.002]
     losses = [run["loss"] for run in told["runs"]]
@@ -159,7 +159,7 @@ def test_the_command_runs_only_what_is_not_in_the_file(
     file.write_text(json.dumps(told))
     assert main([*command, "--plot", str(tmp_path / "plot.svg")]) == 0
     captured = capsys.readouterr()
-    assert "3 runs, 3 of them done before" in captured.err
+    assert "3 runs, 3 of them done before" in captured.out
     assert "1.250" in captured.out
     assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
 
@@ -169,6 +169,7 @@ def test_the_command_runs_only_what_is_not_in_the_file(
     (["--widths", "48"], "--widths must be multiples of 32"),
     (["--factor", "1"], "--lowest must be above 0, and --factor above 1"),
     (["--parametrisations", "mup"], "--parametrisations mup: known: standard, completep"),
+    (["--device", "tpu"], "--device tpu: known: cpu, cuda"),
     (["--data", "missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
 ])
 def test_a_mistake_is_one_line(

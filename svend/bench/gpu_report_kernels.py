@@ -70,8 +70,6 @@ def check_device(
         findings.note("driver", cuda.driver_version())
         findings.note("compute capability", "{}.{}".format(*cuda.capability(device)))
         findings.note("memory in all", cuda.total_bytes(device) / 1e9, "GB")
-        if not cuda.groups_queries():
-            raise ResourceError(_without_grouped_queries())
     precision = resolve_precision(Precision.AUTO, device)
     findings.note("precision", precision.value)
     findings.note("compiles", "yes" if can_compile(device) else "no: no compiler or no Python.h")
@@ -88,8 +86,6 @@ def check_device(
 
 def check_attention(device: torch.device, size: Size, findings: Findings) -> None:
     """Hold attention within documents against a masked softmax in fp32, and name its kernels."""
-    if device.type == "cuda" and not cuda.groups_queries():
-        raise ResourceError(_without_grouped_queries())
     shape = TransformerConfig.from_model_config(size.model)
     low = _low_dtype(device)
     generator = torch.Generator().manual_seed(0)
@@ -349,8 +345,3 @@ def _low_dtype(device: torch.device) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return next(precision.value for precision, own in DTYPES.items() if own is dtype)
-
-
-def _without_grouped_queries() -> str:
-    return (f"torch {torch.__version__}: its varlen_attn takes no grouped queries (enable_gqa); "
-            "install torch 2.13")

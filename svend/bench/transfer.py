@@ -22,7 +22,7 @@ import torch
 
 from svend.bench.results import read_results, write_results
 from svend.data.corpus import read_texts
-from svend.data.documents import Kind
+from svend.data.documents import Document, Kind
 from svend.data.stream import BatchStream, PackedSequences
 from svend.data.token_array import TokenArray
 from svend.data.tokenizer import train_tokenizer
@@ -40,10 +40,9 @@ from svend.pipeline.config import (
 from svend.training.loop import train_steps
 from svend.training.state import build_state
 
-HEAD_SIZE = 32
 FEED_FORWARD = 3  # times the width, at every width
 WARMUP = 0.1  # of all steps
-HELDOUT_SHARE = 0.05  # of the documents, the last ones
+HELDOUT_SHARE = 0.05  # of the documents of a file, the last ones
 HELDOUT_SEQUENCES = 128
 
 Report = Callable[[str], None]
@@ -51,15 +50,18 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of an experiment share; `data` is the hash of the file."""
+    """What all runs of an experiment share; `data` is the hash of the files, one after another."""
 
     optimizer: str
     base_width: int
     base_depth: int
+    head_size: int
     vocabulary: int
     batch_size: int
     length: int
     steps: int
+    device: str
+    precision: str
     data: str
 
 
@@ -108,7 +110,7 @@ def learning_rates(lowest: float, count: int, factor: float) -> list[float]:
 
 
 def run_experiment(
-    setting: Setting, cases: Sequence[Case], data: Path, results_file: Path | None,
+    setting: Setting, cases: Sequence[Case], data: Sequence[Path], results_file: Path | None,
     processes: int, report: Report,
 ) -> list[Result]:
     """Return the results of all cases; those in the file are not run again.
@@ -154,19 +156,27 @@ def _run_all(
             pool.shutdown(cancel_futures=True)
 
 
-def tokenize(data: Path, vocabulary: int, file: Path) -> None:
-    """Write the tokens of a file's text, by a tokenizer trained on it, and where documents end."""
-    documents = list(read_texts(data))
-    if not documents:
-        raise DataError(f"{data}: holds no text")
-    held = max(1, round(HELDOUT_SHARE * len(documents)))
-    tokenizer = train_tokenizer(documents[:-held], vocabulary)
-    tokens, lengths = tokenizer.encode_flat(documents)
-    np.savez(file, tokens=tokens, lengths=lengths, held=held, size=tokenizer.size)
+def tokenize(data: Sequence[Path], vocabulary: int, file: Path) -> None:
+    """Write the tokens of the files' text, by a tokenizer trained on it, and where documents end.
+
+    The documents that are held out come last: of each file the same share.
+    """
+    trained: list[Document] = []
+    held: list[Document] = []
+    for path in data:
+        documents = list(read_texts(path))
+        if not documents:
+            raise DataError(f"{path}: holds no text")
+        split = len(documents) - max(1, round(HELDOUT_SHARE * len(documents)))
+        trained += documents[:split]
+        held += documents[split:]
+    tokenizer = train_tokenizer(trained, vocabulary)
+    tokens, lengths = tokenizer.encode_flat(trained + held)
+    np.savez(file, tokens=tokens, lengths=lengths, held=len(held), size=tokenizer.size)
 
 
 def run_case(setting: Setting, case: Case, tokens: Path) -> Result:
-    """Train one model and measure it, on the CPU in fp32."""
+    """Train one model and measure it; uncompiled, since each runs for seconds."""
     started_seconds = time.monotonic()
     with np.load(tokens) as file:
         pieces = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1])
@@ -181,18 +191,18 @@ def run_case(setting: Setting, case: Case, tokens: Path) -> Result:
         seed=case.seed, learning_rate=case.learning_rate, batch_size=setting.batch_size,
         gradient_accumulation_steps=1, optimizer=Optimizer(setting.optimizer),
         parametrisation=Parametrisation(case.parametrisation), base_width=setting.base_width,
-        base_depth=setting.base_depth, base_head_size=HEAD_SIZE, warmup_ratio=WARMUP,
-        precision=Precision.FP32, data=data,
+        base_depth=setting.base_depth, base_head_size=setting.head_size, warmup_ratio=WARMUP,
+        precision=Precision(setting.precision), data=data,
     )
+    device = torch.device(setting.device)
     model = ReasoningTransformer(model_config(case, training, size, setting.length))
     model.initialize(case.seed)
-    cpu = torch.device("cpu")
     stream = BatchStream(packed("train", pieces[:-held], case.seed), setting.batch_size)
-    state = build_state(model, stream, training, setting.steps, cpu)
+    state = build_state(model, stream, training, setting.steps, device)
     for _ in train_steps(state, training, setting.steps):
         pass
     heldout = packed("heldout", pieces[-held:], 0).first(HELDOUT_SEQUENCES)
-    loss = measure_heldout_loss(model, heldout, Precision.FP32, cpu).loss
+    loss = measure_heldout_loss(model, heldout, training.precision, device).loss
     seconds = time.monotonic() - started_seconds
     return Result(case, loss if math.isfinite(loss) else None, seconds)
 
@@ -201,7 +211,7 @@ def model_config(
     case: Case, training: TrainingConfig, vocabulary: int, length: int
 ) -> TransformerConfig:
     """Return a shape in the same proportions at every width: heads of one size, half the keys."""
-    heads = case.width // HEAD_SIZE
+    heads = case.width // training.base_head_size
     return TransformerConfig(
         name="transfer", hidden_size=case.width, num_hidden_layers=case.depth,
         num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),

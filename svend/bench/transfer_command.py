@@ -20,10 +20,13 @@ from svend.bench.options import (
 )
 from svend.command import Call, Command, complete, tell, tell_loading
 from svend.errors import UserError
+from svend.pipeline.config import Device, Precision
+
+DEVICES = (Device.CPU.value, Device.CUDA.value)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="PATH",
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH",
                         help="text or JSON Lines of any schema, on which a tokenizer is trained")
     complete(parser.add_argument(
         "--parametrisations", nargs="+", default=list(PARAMETRISATIONS), metavar="NAME",
@@ -31,9 +34,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     ), PARAMETRISATIONS)
     add_optimizer(parser)
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256], metavar="N",
-                        help="multiples of 32 (default: 64 128 256)")
+                        help="multiples of --head-size (default: 64 128 256)")
     parser.add_argument("--depths", nargs="+", type=int, default=[2, 8], metavar="N",
                         help="layers (default: 2 8)")
+    add_number(parser, "--head-size", 32, "of every model")
     add_number(parser, "--lowest", 5e-4, "the lowest learning rate")
     add_number(parser, "--rates", 6, "how many")
     add_number(parser, "--factor", 2.0, "between them")
@@ -43,6 +47,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--length", 64, "of a sequence")
     add_number(parser, "--vocabulary", 1024, "entries")
     add_number(parser, "--processes", 1, "runs at once, of one thread each")
+    complete(parser.add_argument(
+        "--device", default=Device.CPU.value, metavar="NAME",
+        help="cpu, in fp32, or cuda, in what the card multiplies fast (default: cpu)",
+    ), DEVICES)
     add_json(parser, RESULTS_HELP)
     add_plot(parser)
 
@@ -52,11 +60,12 @@ def _run(call: Call) -> int:
     options = call.options
     check_names("optimizer", [options.optimizer], OPTIMIZERS)
     check_names("parametrisations", options.parametrisations, PARAMETRISATIONS)
+    check_names("device", [options.device], DEVICES)
     check_least(options, 1, "depths", "seeds", "steps", "batch", "processes")
     check_least(options, 3, "rates")
-    check_least(options, 8, "length")
+    check_least(options, 8, "length", "head_size")
     check_least(options, 300, "vocabulary")
-    check_widths(options.widths, 32)
+    check_widths(options.widths, options.head_size)
     if not (options.lowest > 0 and options.factor > 1):
         raise UserError("--lowest must be above 0, and --factor above 1")
     tell_loading("torch")
@@ -69,12 +78,17 @@ def _run(call: Call) -> int:
         transfer_table,
     )
     from svend.data.records import file_digest
+    from svend.device import resolve_device, resolve_precision
     from svend.pipeline.console import make_console
 
-    data = Path(options.data).expanduser()
+    data = [Path(path).expanduser() for path in options.data]
+    device = resolve_device(Device(options.device))
+    # On a CPU the same everywhere, whether it multiplies in bf16 or not.
+    precision = Precision.FP32 if device.type == "cpu" else Precision.AUTO
     setting = transfer.Setting(
-        options.optimizer, options.widths[0], options.depths[0], options.vocabulary, options.batch,
-        options.length, options.steps, file_digest(data),
+        options.optimizer, options.widths[0], options.depths[0], options.head_size,
+        options.vocabulary, options.batch, options.length, options.steps, device.type,
+        resolve_precision(precision, device).value, "+".join(map(file_digest, data)),
     )
     cases = transfer.plan_cases(
         options.parametrisations, options.widths, options.depths,
@@ -106,6 +120,7 @@ TRANSFER = Command(
         "svend bench transfer --data svend/evaluation/judge_sample.jsonl --widths 32 64 --steps 10",
         "svend bench transfer --data ../gsm8k/train.jsonl --json transfer.json",
         "svend bench transfer --data book.txt --optimizer muon --widths 64 256 --seeds 1",
+        "svend bench transfer --data a.jsonl b.txt --device cuda --widths 256 1024 --processes 6",
     ),
     add_options=_add_options,
     run=_run,
