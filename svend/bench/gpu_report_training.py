@@ -47,7 +47,7 @@ from svend.pipeline.config import (
     WeightPrecision,
 )
 from svend.planning.flops import train_flops_per_token
-from svend.planning.plan import predict_memory_on
+from svend.planning.plan import choose_micro_batch, predict_memory_on
 from svend.planning.probe import measure_matmul_peak
 from svend.training.loop import train_steps
 from svend.training.state import TrainState, build_state
@@ -174,10 +174,11 @@ def check_scale(name: str, device: torch.device, size: Size, findings: Findings)
     The plan counts what is kept uncompiled, and so it is measured; the time is of compiled blocks.
     """
     model, training = size.scales[name]
-    training = replace(
-        training, precision=resolve_precision(training.precision, device),
-        gradient_accumulation_steps=min(MOST_ACCUMULATION, training.gradient_accumulation_steps),
-    )
+    training = replace(training, precision=resolve_precision(training.precision, device))
+    training = choose_micro_batch(model, training, device)
+    training = replace(training, gradient_accumulation_steps=min(
+        MOST_ACCUMULATION, training.gradient_accumulation_steps
+    ))
     plan, available = predict_memory_on(model, training, device), available_bytes(device)
     if plan.total > available:
         raise NotRunError(f"by the plan it needs {plan.total / 1e9:.1f} GB, and "
@@ -187,6 +188,8 @@ def check_scale(name: str, device: torch.device, size: Size, findings: Findings)
     next(steps)  # makes the optimizer's state
     with _measured_peak(state) as peak:
         next(steps)
+    findings.note("micro-batch", f"{training.batch_size} x {training.data.max_seq_length} tokens, "
+                  f"computed again: {_recomputed(training)}")
     findings.note("planned peak of tensors", plan.tensors / 1e9, "GB")
     findings.note("measured peak of tensors", peak["bytes"] / 1e9, "GB")
     findings.note("measured over planned", peak["bytes"] / plan.tensors,
@@ -202,6 +205,11 @@ def check_scale(name: str, device: torch.device, size: Size, findings: Findings)
         synchronize(device)
         findings.note("first compiled step", time.perf_counter() - started, "s")
     _note_speed(state, steps, model, training, size, findings)
+
+
+def _recomputed(training: TrainingConfig) -> str:
+    policy = training.gradient_checkpointing_policy.value
+    return policy if training.gradient_checkpointing else "nothing"
 
 
 def _note_speed(

@@ -12,7 +12,8 @@ from torch import Tensor
 # Rows of logits held at once, in low precision: 2048 x 32768 in bf16 are 134 MB. Fewer rows make
 # the matrix products slower: by a half at 512 rows, on CPU.
 CHUNK_ROWS = 2048
-# Rows turned into their gradient at once, in fp32: 256 x 32768 are 34 MB.
+# Rows turned into their gradient at once, in fp32: 256 x 32768 are 34 MB. Compiled for CUDA it is
+# done in registers, and a slice would be a launch.
 SLICE_ROWS = 256
 
 
@@ -41,10 +42,12 @@ def _fused_replace_by_probabilities() -> Callable[[Tensor], Tensor]:
 def _replace_by_gradient(logits_CV: Tensor, target_C1: Tensor, fused: bool) -> Tensor:
     """Turn logits into their gradient; return the negative log-likelihoods, (rows, 1)."""
     logit_C1 = logits_CV.gather(1, target_C1).float()
-    log_z = []
-    for logits_RV in torch.split(logits_CV, SLICE_ROWS):
-        # One compiled shape: a last slice of fewer rows goes without.
-        compiled = fused and len(logits_RV) == SLICE_ROWS
+    slice_rows, log_z = SLICE_ROWS, []
+    if fused and logits_CV.device.type == "cuda" and len(logits_CV) % SLICE_ROWS == 0:
+        slice_rows = len(logits_CV)
+    for logits_RV in torch.split(logits_CV, slice_rows):
+        # Few compiled shapes: a last slice of fewer rows goes without.
+        compiled = fused and len(logits_RV) == slice_rows
         replace = _fused_replace_by_probabilities() if compiled else _replace_by_probabilities
         log_z.append(replace(logits_RV))
     nll_C1 = torch.cat(log_z) - logit_C1

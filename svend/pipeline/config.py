@@ -18,6 +18,7 @@ from svend.pipeline.options.choices import (
     HealthAction,
     LongDocuments,
     LossOn,
+    MicroBatch,
     MomentPrecision,
     Optimizer,
     Parallel,
@@ -35,14 +36,15 @@ from svend.pipeline.options.pipeline import HealthConfig, PipelineConfig
 from svend.pipeline.options.training import Branch, TrainingConfig
 
 __all__ = [
-    "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "Branch", "BrokenRows", "CheckpointingPolicy",
-    "Compile", "DataConfig", "Device", "Duplicates", "EvaluationConfig", "Exhausted", "FullDisk",
-    "GatesConfig", "HealthAction", "HealthConfig", "LongDocuments", "LossOn", "ModelConfig",
-    "ModelScale", "MomentPrecision", "Optimizer", "OwnSource", "Parallel", "Parametrisation",
-    "PipelineConfig", "Precision", "Schedule", "ToolScore", "TrainingConfig", "ValidationGate",
-    "WeightPrecision", "create_quick_test_config", "create_scale_test_config", "format_count",
-    "get_model_config", "group_members", "load_config", "load_saved_config",
-    "print_scale_comparison", "scale_table",
+    "BENCHMARK_NAMES", "CONF_DIR", "SAMPLE_SUFFIX", "Branch", "BrokenRows",
+    "CheckpointingPolicy", "Compile", "DataConfig", "Device", "Duplicates", "EvaluationConfig",
+    "Exhausted", "FullDisk", "GatesConfig", "HealthAction", "HealthConfig", "LongDocuments",
+    "LossOn", "MicroBatch", "ModelConfig", "ModelScale", "MomentPrecision", "Optimizer",
+    "OwnSource", "Parallel", "Parametrisation", "PipelineConfig", "Precision", "Schedule",
+    "ToolScore", "TrainingConfig", "ValidationGate", "WeightPrecision",
+    "create_quick_test_config", "create_scale_test_config", "format_count", "get_model_config",
+    "group_members", "load_config", "load_saved_config", "print_scale_comparison",
+    "scale_table",
 ]
 
 

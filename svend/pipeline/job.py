@@ -53,7 +53,14 @@ from svend.pipeline.run_model import planned_model, registered_name
 from svend.pipeline.schema import to_tree
 from svend.pipeline.validation import Gates, Measurement, ValidationResult
 from svend.planning.memory import MemoryPlan
-from svend.planning.plan import RunPlan, check_memory, decide_shards, plan_run
+from svend.planning.plan import (
+    RunPlan,
+    check_memory,
+    choose_micro_batch,
+    decide_shards,
+    plan_run,
+)
+from svend.planning.search import differences
 from svend.ranks import Place
 from svend.tracking.run import TrackedRun
 from svend.tracking.runs import MAX_TAG_LENGTH
@@ -131,8 +138,14 @@ def prepare_job(
     resumed, as_written, model_config = folder, config, planned_model(config, model_factory)
     _mirror_to_wandb(tracked, config, console)
     keep_freed_memory()
-    means = _choose_means(config, model_config, folder, crew.ranks.place)
+    means = _choose_means(
+        config, model_config, folder, crew.ranks.place, own_model=model_factory is not None
+    )
+    cut = ", ".join(differences(config.training, means.config.training))
     config, device = means.config, means.device
+    if cut:
+        console.print(f"micro-batches: the same step by {cut}, for the GPU can hold it; "
+                      "training.micro_batch=fixed leaves it as it is set", soft_wrap=True)
     check_disk(config, model_config, None if folder is None else folder.path)
     found = _find_hyperparameters(config, folder)
     source = factory_source(config)
@@ -201,14 +214,21 @@ class _Means:
 
 
 def _choose_means(
-    config: PipelineConfig, model_config: ModelConfig, folder: RunFolder | None, place: Place
+    config: PipelineConfig, model_config: ModelConfig, folder: RunFolder | None, place: Place,
+    *, own_model: bool,
 ) -> _Means:
-    """Choose device, precision and sharing. Raises UserError for what they cannot do or hold."""
+    """Choose device, precision, sharing and how a step is cut.
+
+    Raises UserError for what they cannot do or hold.
+    """
     device = resolve_device(config.training.device)
     precision, compiled = _choices_of(folder, config)
     training = replace(config.training, precision=resolve_precision(precision, device))
     config = replace(config, training=training)
     shards = decide_shards(model_config, training, device, place)
+    if not own_model:  # of another the plan knows too little to spend what is left
+        training = choose_micro_batch(model_config, training, device, place, shards)
+        config = replace(config, training=training)
     _check_means(config, device, place, shards)
     memory = check_memory(model_config, training, device, place, shards)
     return _Means(config, device, shards, memory, compiled)

@@ -20,7 +20,7 @@ MAY_CHANGE = {
     "health.min_branch_share", "health.max_spikes", "health.action", "health.patience",
     "training.data.cache_dir", "training.data.path",
     "training.data.heldout_path", "training.logging_steps", "training.on_full_disk",
-    "training.parallel", "training.profile",
+    "training.micro_batch", "training.parallel", "training.profile",
     "training.save_total_limit", "training.shard_processes", "rank_timeout_seconds",
 }
 # The name under which a run, a version or an import keeps its resolved config.

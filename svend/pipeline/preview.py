@@ -18,7 +18,7 @@ from svend.pipeline.own_model import describe_model, find_model_factory, make_mo
 from svend.pipeline.report import show_preview
 from svend.pipeline.run_data import read_run_data, steps_over
 from svend.pipeline.run_model import planned_model
-from svend.planning.plan import predict_memory_on, size_run
+from svend.planning.plan import choose_micro_batch, predict_memory_on, size_run
 
 
 def preview_run(config: PipelineConfig) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def preview_run(config: PipelineConfig) -> dict[str, Any]:
     training, model = config.training, planned_model(config, factory)
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
+    if factory is None:
+        training = choose_micro_batch(model, training, device)
     config = replace(config, training=training)
     total_steps = training.max_steps
     if total_steps is None:

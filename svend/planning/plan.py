@@ -9,11 +9,17 @@ import torch
 
 from svend.device import available_bytes, can_compile, peak_bytes
 from svend.errors import ConfigError, ResourceError, one_line
-from svend.pipeline.config import Compile, ModelConfig, Parallel, TrainingConfig
+from svend.pipeline.config import (
+    Compile,
+    MicroBatch,
+    ModelConfig,
+    Parallel,
+    TrainingConfig,
+)
 from svend.planning.flops import forward_flops_per_token, train_flops_per_token
 from svend.planning.memory import MemoryPlan, predict_memory, snapshot_bytes
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
-from svend.planning.search import Room, find_nearest
+from svend.planning.search import Room, fill, find_nearest
 from svend.ranks import Place
 
 CUDA_CONTEXT_BYTES = 500_000_000
@@ -23,9 +29,11 @@ CPU_LATE_CODE_BYTES = 95_000_000
 SUGGESTED_SHARE = 0.9
 # How torch names what fails where a CPU has no more memory.
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
-# What compiling costs before step 1 and leaves of a step's time. On CPU 20 s with an empty cache
-# and 0.66 to 0.72 (docs/performance.md); on CUDA not measured: a run of minutes is to earn it back.
-COMPILE_SECONDS = {"cpu": 20.0, "cuda": 60.0}
+# Of a GPU's memory: what settings may fill that nobody chose. The plan was 3% off at most there.
+FILLED_SHARE = 0.8
+# What compiling costs before step 1 and leaves of a step's time, with an empty cache: on a CPU 20 s
+# and 0.66 to 0.72 (docs/performance.md); on an H100 6 to 11 s and 0.69 (docs/experiments.md).
+COMPILE_SECONDS = {"cpu": 20.0, "cuda": 15.0}
 COMPILED_SHARE = {"cpu": 0.7, "cuda": 0.7}
 
 
@@ -109,6 +117,25 @@ def decide_shards(
         return shards
     whole = predict_memory_on(model, training, device)
     return 1 if whole.total <= _share_of_memory(device, place) else shards
+
+
+def choose_micro_batch(
+    model: ModelConfig,
+    training: TrainingConfig,
+    device: torch.device,
+    place: Place = Place(),  # noqa: B008 - nothing in it changes
+    shards: int = 1,
+) -> TrainingConfig:
+    """Return the settings as a run on the device takes them: what `training.micro_batch` lets it.
+
+    The same step, in larger micro-batches and with less computed again, where a GPU has the memory.
+    """
+    if training.micro_batch is MicroBatch.FIXED or device.type == "cpu":
+        return training
+    room = Room(
+        device.type, round(FILLED_SHARE * available_bytes(device)), _held_bytes(device)
+    )
+    return fill(model, training, room, place.size, shards)
 
 
 def check_memory(

@@ -26,6 +26,11 @@ CHECKPOINTING: tuple[CheckpointingPolicy | None, ...] = (
 )
 
 
+# FLOPs of a block's pass from where on a GPU computes longer than it takes to be told: launching
+# a block's kernels took 2.5 ms forward and backward (H100, docs/experiments.md).
+BUSY_FLOPS = 1e12
+
+
 @dataclass(frozen=True)
 class Room:
     """The memory that a process has on a device, and what it holds before the model exists."""
@@ -106,6 +111,35 @@ def find_cheapest(
     return sorted(found.values(), key=cost_of)
 
 
+def fill(
+    model: ModelConfig, training: TrainingConfig, room: Room, devices: int = 1, shards: int = 1
+) -> TrainingConfig:
+    """Return the settings with the micro-batch and recomputation that are fastest in the room.
+
+    The step and the precisions stay. Of what fits: micro-batches that keep a GPU busy, then the
+    least computed again, then the largest micro-batch; as they are where nothing else fits, and
+    never a smaller micro-batch or more computed again than is set.
+    """
+    recipe = (training.weight_precision, training.moment_precision)
+    set_policy = _policy_of(training)
+    found = [
+        combination for changed, changes in _variants(training, devices)
+        if (changed.weight_precision, changed.moment_precision) == recipe
+        and changed.batch_size >= training.batch_size
+        and CHECKPOINTING.index(_policy_of(changed)) <= CHECKPOINTING.index(set_policy)
+        and (combination := fit(model, changed, room, devices, shards, changes)) is not None
+    ]
+
+    def order(combination: Combination) -> tuple[float, float, int, int]:
+        changed = combination.training
+        return (
+            -min(BUSY_FLOPS, _block_flops(model, changed)), combination.computed_flops_per_token,
+            CHECKPOINTING.index(_policy_of(changed)), -changed.batch_size,
+        )
+
+    return min(found, key=order).training if found else training
+
+
 def find_nearest(
     model: ModelConfig, training: TrainingConfig, room: Room
 ) -> Combination | None:
@@ -124,6 +158,20 @@ def cost_of(combination: Combination) -> tuple[float, int, int, int, int]:
     """Return what combinations are ordered by: FLOPs, then precision, then devices, then batch."""
     return (combination.computed_flops_per_token, combination.precision_lost, combination.devices,
             combination.shards, -combination.training.batch_size)
+
+
+def _policy_of(training: TrainingConfig) -> CheckpointingPolicy | None:
+    checkpointing = training.gradient_checkpointing
+    return training.gradient_checkpointing_policy if checkpointing else None
+
+
+def _block_flops(model: ModelConfig, training: TrainingConfig) -> float:
+    """Return the FLOPs of one block on one micro-batch, forward and backward."""
+    length = training.data.max_seq_length
+    assert length is not None  # set by PipelineConfig.resolve
+    head_flops = 6 * model.vocab_size * model.hidden_size
+    blocks_flops = train_flops_per_token(model, length) - head_flops
+    return training.batch_size * length * blocks_flops / model.num_hidden_layers
 
 
 def _distance(combination: Combination) -> tuple[int, int, float, int]:
@@ -149,10 +197,10 @@ def _variants(
             gradient_checkpointing=policy is not None,
             gradient_checkpointing_policy=policy or training.gradient_checkpointing_policy,
         )
-        yield changed, tuple(_differences(training, changed))
+        yield changed, tuple(differences(training, changed))
 
 
-def _differences(old: TrainingConfig, new: TrainingConfig) -> Iterator[str]:
+def differences(old: TrainingConfig, new: TrainingConfig) -> Iterator[str]:
     """Yield what is to be set to come from the old settings to the new, as one types it."""
     if new.batch_size != old.batch_size:
         yield (f"training.batch_size={new.batch_size} "

@@ -85,6 +85,13 @@ class Compile(Enum):
     OFF = "off"
 
 
+class MicroBatch(Enum):
+    """Whether a step is cut as it is set; AUTO has a GPU take at once what it can hold."""
+
+    AUTO = "auto"
+    FIXED = "fixed"
+
+
 class Device(Enum):
     """Where the model trains; AUTO is CUDA where there is a CUDA device."""
 

@@ -14,6 +14,7 @@ from svend.pipeline.options.choices import (
     Compile,
     Device,
     FullDisk,
+    MicroBatch,
     MomentPrecision,
     Optimizer,
     Parallel,
@@ -49,6 +50,7 @@ class TrainingConfig:
     max_steps: int | None = default("training.max_steps")
     batch_size: int = default("training.batch_size")
     gradient_accumulation_steps: int = default("training.gradient_accumulation_steps")
+    micro_batch: MicroBatch = default_enum("training.micro_batch", MicroBatch)
     learning_rate: float = default("training.learning_rate")
     optimizer: Optimizer = default_enum("training.optimizer", Optimizer)
     parametrisation: Parametrisation = default_enum("training.parametrisation", Parametrisation)
