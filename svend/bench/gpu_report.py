@@ -107,13 +107,15 @@ class Outcome:
 class Size:
     """How large the checks are, and what is to be expected at that size.
 
-    model: whose shapes the kernels are checked at, batch_size x length tokens. small_model: trained
-    for so many steps where losses are compared. scales: what memory and speed are measured of.
+    model: whose shapes the kernels are checked at, batch_size x length tokens. wide_model: those of
+    float8, which gains nothing where matrices are small. small_model: trained for so many steps
+    where losses are compared. scales: what memory and speed are measured of.
     memory_tolerance: of a measured over the planned peak. least_peak_share: of the matrix product's
     peak that training reaches. pace: the time a part takes, over that of the full size.
     """
 
     model: ModelConfig
+    wide_model: ModelConfig
     batch_size: int
     length: int
     small_model: ModelConfig
@@ -167,7 +169,8 @@ def judge(figures: list[Figure]) -> tuple[Verdict, str]:
 def full_size() -> Size:
     """Return what is checked on a GPU: LARGE's shapes, and every scale that fits."""
     return Size(
-        model=get_model_config(ModelScale.LARGE), batch_size=2, length=4096,
+        model=get_model_config(ModelScale.LARGE),
+        wide_model=get_model_config(ModelScale.FLAGSHIP), batch_size=2, length=4096,
         small_model=replace(
             get_model_config(ModelScale.TINY), name="parity", hidden_size=256, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, intermediate_size=704, vocab_size=2048,
@@ -189,8 +192,8 @@ def miniature_size() -> Size:
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=1, data=data)
     wider = replace(small, name="wider", hidden_size=128, intermediate_size=320)
     return Size(
-        model=wider, batch_size=2, length=160, small_model=small, small_batch_size=2,
-        small_length=64, steps=8,
+        model=wider, wide_model=wider, batch_size=2, length=160, small_model=small,
+        small_batch_size=2, small_length=64, steps=8,
         scales={"miniature": (wider, training)},
         timed_seconds=0.5, compiles=True, least_speed_up=0.0,
         # Where tensors are of kilobytes, buffers that the plan does not count weigh more.

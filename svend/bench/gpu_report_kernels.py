@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,8 @@ def check_float8(device: torch.device, size: Size, findings: Findings) -> None:
         raise NotRunError("needs torchao; pip install 'svend[float8]'")
     findings.note("torchao", importlib.metadata.version("torchao"))
     emulated = device.type != "cuda"
+    size = replace(size, model=size.wide_model)
+    findings.note("block of", f"{size.model.name}, {size.batch_size} x {size.length} tokens")
     findings.note("products", "emulated" if emulated else "in float8")
     block, run = _block_at_work(device, size)
     expected = run(False)

@@ -81,7 +81,7 @@ def parts_of(size: Size) -> list[Part]:
         Part("loss parity with the CPU", check_parity, 25),
         Part("save and resume", check_resume, 15),
         Part("low-memory optimizers", check_low_memory, 60),
-        Part("float8", check_float8, 45),
+        Part("float8", check_float8, 75),
         *(
             Part(f"scale {name}", partial(check_scale, name), 25 + model.num_parameters() / 3e8)
             for name, (model, _) in size.scales.items()

@@ -46,7 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--batch", 8, "sequences in a step")
     add_number(parser, "--length", 64, "of a sequence")
     add_number(parser, "--vocabulary", 1024, "entries")
-    add_number(parser, "--processes", 1, "runs at once, of one thread each")
+    add_number(parser, "--processes", 1, "runs at once, of one thread each; on one GPU they only wait for one another")
     complete(parser.add_argument(
         "--device", default=Device.CPU.value, metavar="NAME",
         help="cpu, in fp32, or cuda, in what the card multiplies fast (default: cpu)",
@@ -120,7 +120,7 @@ TRANSFER = Command(
         "svend bench transfer --data svend/evaluation/judge_sample.jsonl --widths 32 64 --steps 10",
         "svend bench transfer --data ../gsm8k/train.jsonl --json transfer.json",
         "svend bench transfer --data book.txt --optimizer muon --widths 64 256 --seeds 1",
-        "svend bench transfer --data a.jsonl b.txt --device cuda --widths 256 1024 --processes 6",
+        "svend bench transfer --data a.jsonl b.txt --device cuda --head-size 64 --widths 256 512",
     ),
     add_options=_add_options,
     run=_run,
