@@ -46,7 +46,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--batch", 8, "sequences in a step")
     add_number(parser, "--length", 64, "of a sequence")
     add_number(parser, "--vocabulary", 1024, "entries")
-    add_number(parser, "--processes", 1, "runs at once, of one thread each; on one GPU they only wait for one another")
+    add_number(parser, "--processes", 1,
+               "runs at once, of one thread each; on one GPU they wait for one another")
     complete(parser.add_argument(
         "--device", default=Device.CPU.value, metavar="NAME",
         help="cpu, in fp32, or cuda, in what the card multiplies fast (default: cpu)",
