@@ -117,7 +117,7 @@ def test_a_diverged_run_counts_as_an_infinite_loss(tmp_path: Path) -> None:
     plot_transfer([curve], tmp_path / "plot.png")
 
 
-SETTING = Setting("adamw", 32, 1, 32, 300, 2, 16, 3, "cpu", "fp32", "hash")
+SETTING = Setting("adamw", 32, 1, 32, 0.02, 300, 2, 16, 3, "cpu", "fp32", "hash")
 
 
 def test_results_are_read_back_and_those_of_another_setting_refused(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_command_runs_only_what_is_not_in_the_file(
 @pytest.mark.parametrize(("options", "message"), [
     (["--rates", "2"], "--rates must be at least 3"),
     (["--widths", "48"], "--widths must be multiples of 32"),
-    (["--factor", "1"], "--lowest must be above 0, and --factor above 1"),
+    (["--factor", "1"], "--lowest and --init-std must be above 0, and --factor above 1"),
     (["--parametrisations", "mup"], "--parametrisations mup: known: standard, completep"),
     (["--device", "tpu"], "--device tpu: known: cpu, cuda"),
     (["--data", "missing.txt"], "missing.txt: cannot be read (No such file or directory)"),

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Setting:
     base_width: int
     base_depth: int
     head_size: int
+    init_std: float
     vocabulary: int
     batch_size: int
     length: int
@@ -195,7 +196,8 @@ def run_case(setting: Setting, case: Case, tokens: Path) -> Result:
         precision=Precision(setting.precision), data=data,
     )
     device = torch.device(setting.device)
-    model = ReasoningTransformer(model_config(case, training, size, setting.length))
+    shape = model_config(case, training, size, setting.length)
+    model = ReasoningTransformer(replace(shape, initializer_range=setting.init_std))
     model.initialize(case.seed)
     stream = BatchStream(packed("train", pieces[:-held], case.seed), setting.batch_size)
     state = build_state(model, stream, training, setting.steps, device)

@@ -38,6 +38,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", nargs="+", type=int, default=[2, 8], metavar="N",
                         help="layers (default: 2 8)")
     add_number(parser, "--head-size", 32, "of every model")
+    add_number(parser, "--init-std", 0.02, "of the initial weights, completep's at its base")
     add_number(parser, "--lowest", 5e-4, "the lowest learning rate")
     add_number(parser, "--rates", 6, "how many")
     add_number(parser, "--factor", 2.0, "between them")
@@ -67,8 +68,8 @@ def _run(call: Call) -> int:
     check_least(options, 8, "length", "head_size")
     check_least(options, 300, "vocabulary")
     check_widths(options.widths, options.head_size)
-    if not (options.lowest > 0 and options.factor > 1):
-        raise UserError("--lowest must be above 0, and --factor above 1")
+    if not (options.lowest > 0 and options.init_std > 0 and options.factor > 1):
+        raise UserError("--lowest and --init-std must be above 0, and --factor above 1")
     tell_loading("torch")
     from svend.bench import transfer
     from svend.bench.transfer_report import (
@@ -88,8 +89,8 @@ def _run(call: Call) -> int:
     precision = Precision.FP32 if device.type == "cpu" else Precision.AUTO
     setting = transfer.Setting(
         options.optimizer, options.widths[0], options.depths[0], options.head_size,
-        options.vocabulary, options.batch, options.length, options.steps, device.type,
-        resolve_precision(precision, device).value, "+".join(map(file_digest, data)),
+        options.init_std, options.vocabulary, options.batch, options.length, options.steps,
+        device.type, resolve_precision(precision, device).value, "+".join(map(file_digest, data)),
     )
     cases = transfer.plan_cases(
         options.parametrisations, options.widths, options.depths,
