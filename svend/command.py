@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import shutil
@@ -157,12 +158,19 @@ class CommandParser(argparse.ArgumentParser):
             if not word.startswith("--") or f"--{key}" in self._option_string_actions:
                 own.append(word)
                 continue
+            self._check_not_misspelt(key)
             if not equals and left and not left[0].startswith("--"):
                 value = left.pop(0)
             if not value:
                 raise ConfigError(f"--{key} has no value: expected a form such as --{key} VALUE")
             overrides.append((key, value))
         return own, overrides
+
+    def _check_not_misspelt(self, key: str) -> None:
+        """Raise ConfigError for what is nearly an option, which no key without a dot is."""
+        near = difflib.get_close_matches(f"--{key}", self._option_string_actions, n=1, cutoff=0.85)
+        if near and "." not in key:
+            raise ConfigError(f"--{key} is not an option: did you mean {near[0]}?")
 
 
 class HelpFormatter(argparse.HelpFormatter):

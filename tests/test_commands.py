@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 import json
@@ -27,11 +28,11 @@ from svend.answers import to_json
 from svend.bench import faults, faults_command
 from svend.bench.options import finish
 from svend.cli import COMMANDS, main, make_parser, parse
-from svend.command import Call, Command, Takes
+from svend.command import Call, Command, CommandParser, Takes
 from svend.completion_command import declare_keys
 from svend.errors import ConfigError
 from svend.pipeline import progress
-from svend.pipeline.config import group_members, load_config
+from svend.pipeline.config import PipelineConfig, group_members, load_config
 from svend.pipeline.ladder.options import load_ladder
 from svend.pipeline.progress import CountProgress
 from svend.pipeline.sweep.options import load_sweep
@@ -161,6 +162,26 @@ def test_settings_may_stand_before_an_argument() -> None:
     assert call.overrides == [("training.precision", "bf16"), ("training.device", "cpu")]
     call = parse(["ladder", "status", "--training.max_steps", "5", "--ladder", "miniature"])
     assert (call.options.action, call.overrides) == ("status", [("training.max_steps", "5")])
+
+
+def test_what_is_nearly_an_option_is_refused_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--scal", "small"]) == 1
+    assert capsys.readouterr().err == "error: --scal is not an option: did you mean --scale?\n"
+
+
+@pytest.mark.parametrize(("name", "command"), ALL)
+def test_no_key_of_the_configuration_is_taken_for_a_misspelt_option(
+    name: str, command: Command
+) -> None:
+    if command.takes is Takes.NOTHING:
+        return
+    parser = parser_of(name)
+    assert isinstance(parser, CommandParser)
+    for key in (field.name for field in dataclasses.fields(PipelineConfig)):
+        if f"--{key}" not in parser._option_string_actions:
+            assert parser._split([f"--{key}", "x"]) == ([], [(key, "x")])
 
 
 @pytest.mark.parametrize("words", [
