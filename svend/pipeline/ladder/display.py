@@ -16,7 +16,12 @@ from svend.pipeline.config import ModelScale, PipelineConfig, Precision, format_
 from svend.pipeline.ladder.options import Ladder
 from svend.pipeline.ladder.standing import Attempt, Standing, State
 from svend.pipeline.report import format_seconds
-from svend.planning.plan import RunSize, predict_memory_on, size_run
+from svend.planning.plan import (
+    RunSize,
+    choose_micro_batch,
+    predict_memory_on,
+    size_run,
+)
 from svend.planning.probe import measure_matmul_peak, measure_micro_batch_seconds
 from svend.planning.scaling_law import Point, Prediction, predict, why_too_few
 
@@ -82,6 +87,7 @@ def _plan_rung(
     assert model is not None  # resolved
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
+    training = choose_micro_batch(model, training, device)
     memory = predict_memory_on(model, training, device)
     available = available_bytes(device)
     size = (None if training.max_steps is None

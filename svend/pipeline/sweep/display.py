@@ -17,7 +17,7 @@ from svend.pipeline.sweep.confirmation import LEARNING_RATE
 from svend.pipeline.sweep.options import Pruner, Sweep
 from svend.pipeline.sweep.storage import Place
 from svend.pipeline.sweep.study import best_first, name_of
-from svend.planning.plan import check_memory, plan_run
+from svend.planning.plan import check_memory, choose_micro_batch, plan_run
 
 
 def show_plan(console: Console, sweep: Sweep, place: Place) -> None:
@@ -36,6 +36,7 @@ def show_plan(console: Console, sweep: Sweep, place: Place) -> None:
     table.add_row("data", f"{training.data.recipe}: {', '.join(training.data.sources)}")
     device = resolve_device(training.device)
     training = replace(training, precision=resolve_precision(training.precision, device))
+    training = choose_micro_batch(model, training, device)
     plan = plan_run(
         training, model, settings.steps, check_memory(model, training, device), device, None
     )
