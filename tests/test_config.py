@@ -606,7 +606,7 @@ def test_an_unknown_form_ends_the_command_with_one_line_and_no_traceback(
     (["train", "--training.max_steps", "--scale", "tiny"], "--training.max_steps has no value"),
     (["train", "--training.max_steps="], "--training.max_steps has no value"),
     (["train", "-x"], "'-x'"),
-    (["train", "--scal", "small"], "unknown key scal"),
+    (["train", "--scal", "small"], "--scal is not an option: did you mean --scale?"),
     (["train", "--scale", "huge"], "scale 'huge'"),
     (["train", "--resume", "maybe"], "resume = maybe"),
     (["train", "--training.max_steps=-1"], "training.max_steps = -1"),

@@ -142,7 +142,8 @@ class AsksForValues(Bigrams):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+        # Not linspace, which transformers, once it is imported, has made on the CPU.
+        self.rates = [rate.item() for rate in 0.1 * torch.arange(4)]
 
 
 def frozen() -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -388,6 +389,36 @@ def test_a_run_does_not_go_on_with_another_parametrisation(
     with pytest.raises(UserError, match=f"^cannot resume .*{key} was .*, now {value}"):
         folder.check_config(run_config(checkpoint_dir=str(tmp_path), **{key: value}))
     folder.release()
+
+
+@pytest.mark.parametrize("parametrisation", ["standard", "completep"])
+def test_init_std_is_that_of_the_first_weights_by_the_rules(parametrisation: str) -> None:
+    def weights(std: str) -> dict[str, Tensor]:
+        config = run_config(**{
+            "training.parametrisation": parametrisation, "training.init_std": std,
+        })
+        return build_model(config, None, CPU, VOCAB).state_dict()
+
+    small, large = weights("0.02"), weights("0.05")
+    matrices = [name for name, weight in small.items() if weight.dim() == 2]
+    assert len(matrices) > 10
+    for name in matrices:
+        torch.testing.assert_close(large[name], 2.5 * small[name])
+    assert all(torch.equal(large[name], small[name]) for name in small.keys() - set(matrices))
+
+
+def test_init_std_is_not_left_unsaid_where_a_factory_draws_the_weights() -> None:
+    config = run_config(**{"training.init_std": "0.05"})
+
+    def factory(std: float) -> Callable[..., nn.Module]:
+        return lambda scale: ReasoningTransformer(
+            dataclasses.replace(make_config(base=BaseShape.of(config.training)),
+                                initializer_range=std)
+        )
+
+    with pytest.raises(ConfigError, match=r"^training\.init_std = 0\.05: .* with 0\.02; give its"):
+        planned_model(config, factory(0.02))
+    assert planned_model(config, factory(0.05)).hidden_size == 64
 
 
 @pytest.mark.parametrize("name", ["base_width", "base_depth", "base_head_size"])

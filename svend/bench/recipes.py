@@ -29,7 +29,7 @@ from svend.data.corpus import Corpus
 from svend.data.stream import BatchStream, PackedSequences
 from svend.device import keep_freed_memory
 from svend.evaluation.heldout import measure_heldout_loss
-from svend.models.config import BaseShape, TransformerConfig
+from svend.models.config import TransformerConfig
 from svend.models.shards import local
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import (
@@ -164,7 +164,7 @@ def train_recipe(
         data=data,
     )
     model = ReasoningTransformer(
-        TransformerConfig.from_model_config(model_config, BaseShape.of(training))
+        TransformerConfig.of_run(model_config, training)
     )
     model.initialize(seed)
     stream = BatchStream(PackedSequences(corpus.train, data, seed), setting.batch_size)

@@ -79,6 +79,12 @@ class TransformerConfig:
             base=base,
         )
 
+    @classmethod
+    def of_run(cls, model: ModelConfig, training: TrainingConfig) -> TransformerConfig:
+        """Return the transformer that a run trains: parametrised and initialised as it says."""
+        shape = cls.from_model_config(model, BaseShape.of(training))
+        return replace(shape, initializer_range=training.init_std)
+
     def to_model_config(self, scale: ModelConfig) -> ModelConfig:
         """Return this transformer as `conf/scale/` would describe it, else like `scale`."""
         return replace(

@@ -67,9 +67,7 @@ def build_model(
             )
     else:
         with torch.device("meta"):
-            model = ReasoningTransformer(
-                TransformerConfig.from_model_config(config.model, BaseShape.of(training))
-            )
+            model = ReasoningTransformer(TransformerConfig.of_run(config.model, training))
     if isinstance(model, ReasoningTransformer):
         if training.gradient_checkpointing:
             model.checkpoint_blocks(training.gradient_checkpointing_policy)
@@ -103,4 +101,11 @@ def _check_parametrisation(model: nn.Module, training: TrainingConfig) -> None:
             f"the base {own or 'none'}, the configuration {wanted or 'none'}; give its "
             "TransformerConfig base=BaseShape.of(config.training), or set "
             "training.parametrisation=standard for a module of another kind"
+        )
+    own_std = model.config.initializer_range if isinstance(model, ReasoningTransformer) else None
+    if training.init_std not in (own_std, TrainingConfig().init_std):
+        raise ConfigError(
+            f"training.init_std = {training.init_std}: the factory's model draws its own weights"
+            + ("" if own_std is None else f", with {own_std}; give its TransformerConfig "
+               "initializer_range=config.training.init_std") + ", or leave it out"
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from svend.data.tokenizer import DocumentTokenizer, load_tokenizer
 from svend.errors import CheckpointError, ConfigError, one_line
-from svend.models.config import BaseShape, TransformerConfig
+from svend.models.config import TransformerConfig
 from svend.models.transformer import ReasoningTransformer
 from svend.pipeline.config import PipelineConfig
 from svend.pipeline.loading import CONFIG_FILE
@@ -88,7 +88,7 @@ def _model_of(config: PipelineConfig, *, runs_factory: bool) -> nn.Module:
     if config.model_factory is None:
         with torch.device("meta"):
             return ReasoningTransformer(
-                TransformerConfig.from_model_config(config.model, BaseShape.of(config.training))
+                TransformerConfig.of_run(config.model, config.training)
             )
     if not runs_factory:
         raise ConfigError(

@@ -57,6 +57,7 @@ class TrainingConfig:
     base_width: int = default("training.base_width")
     base_depth: int = default("training.base_depth")
     base_head_size: int = default("training.base_head_size")
+    init_std: float = default("training.init_std")
     schedule: Schedule = default_enum("training.schedule", Schedule)
     warmup_ratio: float = default("training.warmup_ratio")
     decay_ratio: float = default("training.decay_ratio")
@@ -142,7 +143,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "1 or more")
         steps = self.max_steps
         require(steps is None or steps >= 1, "training.max_steps", steps, "null, or at least 1")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "init_std"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"training.{name}", value, "above 0")
         shards = self.shard_processes
