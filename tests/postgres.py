@@ -46,11 +46,13 @@ requires_postgres = pytest.mark.skipif(
 class PostgresServer:
     """A PostgreSQL with a data folder of its own, on a free port of this machine.
 
-    It listens for whoever can reach 127.0.0.1, asks no password, and is gone, data and all, when
-    its `with` ends. PostgreSQL refuses root: for root it runs as `postgres`, or as `nobody`.
+    It listens for whoever can reach 127.0.0.1, and for a network if one is named, asks no password,
+    and is gone, data and all, when its `with` ends. PostgreSQL refuses root: for root it runs as
+    `postgres`, or as `nobody`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: str | None = None) -> None:
+        self._network = network
         binaries = find_binaries()
         if binaries is None:
             pytest.skip("no PostgreSQL on this machine (initdb and postgres)")
@@ -69,6 +71,9 @@ class PostgresServer:
                 "initdb", "--pgdata", str(self._data), "--username", USER, "--auth", "trust",
                 "--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions",
             )
+            if self._network is not None:
+                with (self._data / "pg_hba.conf").open("a") as admitted:
+                    admitted.write(f"host all all {self._network} trust\n")
             self.start()
         except BaseException:
             self._remove()
@@ -100,7 +105,8 @@ class PostgresServer:
             self._process = subprocess.Popen(
                 [
                     self._binaries / "postgres", "-D", self._data, "-k", self._folder,
-                    "-p", str(self.port), "-c", "listen_addresses=127.0.0.1",
+                    "-p", str(self.port), "-c",
+                    f"listen_addresses={'127.0.0.1' if self._network is None else '*'}",
                     # Nothing here need outlive the machine.
                     "-c", "fsync=off", "-c", "full_page_writes=off",
                 ],

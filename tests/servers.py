@@ -17,8 +17,14 @@ START_SECONDS = 120
 
 
 @contextmanager
-def tracking_server(database: str, folder: Path, port: int | None = None) -> Iterator[str]:
-    """Run MLflow's tracking server on a database; yield its address."""
+def tracking_server(
+    database: str, folder: Path, port: int | None = None, host: str = "127.0.0.1",
+    workers: int = 2,
+) -> Iterator[str]:
+    """Run MLflow's tracking server on a database; yield its address on this machine.
+
+    host: where it listens. workers: its processes.
+    """
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -27,8 +33,8 @@ def tracking_server(database: str, folder: Path, port: int | None = None) -> Ite
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database,
-             "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1",
-             "--port", str(port), "--workers", "2"],
+             "--artifacts-destination", str(folder / "artifacts"), "--host", host,
+             "--port", str(port), "--workers", str(workers)],
             env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True,
         )
     try:

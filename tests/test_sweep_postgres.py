@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,9 @@ from optuna.storages import RDBStorage
 from svend.pipeline.sweep.storage import Place
 from tests import test_sweep_claim, test_sweep_study
 from tests.conftest import ROOT, Workplace
+from tests.hosts import NETWORK, Host, require_hosts, two_hosts
 from tests.postgres import PostgresServer, requires_postgres
+from tests.servers import tracking_server
 from tests.test_sweep import (
     check_runs,
     command,
@@ -67,6 +66,27 @@ class Machine(Workplace):
         )
 
 
+@dataclass(frozen=True)
+class Booted(Machine):
+    """A machine that is a host of its own; what is started there is all that runs on it."""
+
+    host: Host | None = None
+
+    def booting(self, command: list[str]) -> list[str]:
+        assert self.host is not None
+        return self.host.booting(command)
+
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        return super().start(self.booting(command), **environment)
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return super().run(self.booting(command))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**super().environment, "PYTHONPATH": str(self.folder / "copy")}
+
+
 @pytest.fixture
 def postgres() -> Iterator[PostgresServer]:
     with PostgresServer() as server:
@@ -75,43 +95,46 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def machines(postgres: PostgresServer, tmp_path: Path) -> Iterator[tuple[Machine, Machine]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    address, log = f"http://127.0.0.1:{port}", tmp_path / "server.log"
     storage = postgres.url("optuna", driver="postgresql")
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port),
-             "--backend-store-uri", postgres.url("mlflow"),
-             "--artifacts-destination", str(tmp_path / "artifacts")],
-            cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-    try:
-        wait_until(lambda: is_healthy(address), log)
+    with tracking_server(postgres.url("mlflow"), tmp_path / "server", workers=1) as address:
         yield (
             Machine(tmp_path / "here", address, storage).set_up(),
             Machine(tmp_path / "there", address, storage).set_up(),
         )
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
-def is_healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+@pytest.fixture
+def networked_postgres() -> Iterator[PostgresServer]:
+    require_hosts()
+    with PostgresServer(NETWORK) as server:
+        yield server
 
 
-def wait_until(holds: Callable[[], bool], log: Path) -> None:
-    deadline_seconds = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline_seconds, log.read_text()
-        time.sleep(0.2)
+@pytest.fixture
+def hosts(
+    networked_postgres: PostgresServer, tmp_path: Path
+) -> Iterator[tuple[Booted, Booted]]:
+    storage = networked_postgres.url("optuna", driver="postgresql")
+    with (
+        two_hosts() as pair,
+        tracking_server(networked_postgres.url("mlflow"), tmp_path / "server", host="0.0.0.0",
+                        workers=1) as address,
+    ):
+        def machine_of(host: Host) -> Booted:
+            own = [url.replace("127.0.0.1", host.gateway) for url in (address, storage)]
+            machine = Booted(tmp_path / host.name, *own, host)
+            machine.set_up()
+            return machine
+
+        here, there = map(machine_of, pair)
+        yield here, there
+
+
+def as_seen_from_outside(machine: Booted) -> Machine:
+    """Return the machine as this process reaches its server."""
+    assert machine.host is not None
+    address = machine.server.replace(machine.host.gateway, "127.0.0.1")
+    return Machine(machine.folder, address, machine.storage)
 
 
 def check_study(postgres: PostgresServer) -> None:
@@ -164,6 +187,50 @@ def test_a_parent_elsewhere_takes_over_from_one_that_was_killed(
     assert check_runs(there, trials=4).info.status == "FINISHED"
     assert folder_of(there).exists()
     check_study(postgres)
+
+
+def test_a_host_dies_a_cable_is_pulled_and_nothing_is_lost(
+    hosts: tuple[Booted, Booted], networked_postgres: PostgresServer
+) -> None:
+    here, there = hosts
+    assert here.host is not None
+    parent = here.start(here.sweep("--workers", "1"))
+    wait_for_checkpoint_of_trial(here, parent)
+
+    second = there.run(there.sweep("--workers", "1"))
+    assert second.returncode == 1, second.stdout
+    last = second.stdout.splitlines()[-1]
+    assert last.startswith("error: study sweep-tiny: is being run by here, process "), last
+
+    joined = there.start(there.sweep("--join"))
+    wait_for_checkpoint_of_trial(there, joined)
+    joined.kill()  # and with it all that runs on this host
+    joined.communicate()
+    here.host.cut()
+    time.sleep(SILENCE_SECONDS / 2)
+    here.host.mend()
+    again = there.start(there.sweep("--join"))
+    output = parent.communicate(timeout=300)[0]
+    assert parent.returncode == 0, output
+    assert "in line again, lost with their worker: " in output
+    told = again.communicate(timeout=60)[0]
+    assert again.returncode == 0, told
+    assert check_runs(as_seen_from_outside(here), trials=4).info.status == "FINISHED"
+    check_study(networked_postgres)
+
+
+def test_another_host_takes_over_when_that_of_the_parent_dies(
+    hosts: tuple[Booted, Booted], networked_postgres: PostgresServer
+) -> None:
+    here, there = hosts
+    parent = here.start(here.sweep("--workers", "1"))
+    wait_for_checkpoint_of_trial(here, parent)
+    parent.kill()  # with its worker, and nobody is left who could say so
+    parent.communicate()
+    successor = there.run(there.sweep("--workers", "1"))
+    assert successor.returncode == 0, successor.stdout
+    assert check_runs(as_seen_from_outside(there), trials=4).info.status == "FINISHED"
+    check_study(networked_postgres)
 
 
 def test_racing_workers_and_parents_are_kept_apart_by_the_database(
