@@ -102,16 +102,17 @@ def test_the_rules_are_the_table() -> None:
         assert rules.muon[group].weight_decay == pytest.approx(1 / rate)
     assert rules.init_std[Group.EMBEDDING] == rules.init_std[Group.HEAD] == std
     assert rules.init_std[Group.HIDDEN] == pytest.approx(std / root)
-    assert rules.init_std[Group.OUTPUT] == pytest.approx(std / root)
-    assert rules.init_std[Group.DOWN] == pytest.approx(std / math.sqrt(m_f))
+    joining_std = std / math.sqrt(2 * BASE.depth)
+    assert rules.init_std[Group.OUTPUT] == pytest.approx(joining_std / root)
+    assert rules.init_std[Group.DOWN] == pytest.approx(joining_std / math.sqrt(m_f))
 
 
-def test_at_the_base_nothing_is_scaled_but_what_joins_the_residual_at_init() -> None:
-    rules, standard = scaling_rules(make_config()), scaling_rules(make_config(base=None))
+def test_at_the_base_shape_a_model_is_the_standard_one() -> None:
+    rules = scaling_rules(make_config())
+    assert rules == scaling_rules(make_config(base=None))
     assert (rules.residual, rules.logits, rules.attention) == (1, 1, 1)
-    assert (rules.adamw, rules.muon) == (standard.adamw, standard.muon)
-    assert set(rules.init_std.values()) == {0.02}
-    assert standard.init_std[Group.DOWN] == standard.init_std[Group.OUTPUT] == 0.02 / math.sqrt(4)
+    assert rules.init_std[Group.HIDDEN] == 0.02
+    assert rules.init_std[Group.DOWN] == rules.init_std[Group.OUTPUT] == 0.02 / math.sqrt(4)
 
 
 def test_every_parameter_has_the_group_that_its_name_says() -> None:

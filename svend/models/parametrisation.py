@@ -67,7 +67,8 @@ class ScalingRules:
     """What a model of one shape is initialised, computed and trained with.
 
     residual: of what a branch adds. logits: of the logits. attention: of the queries, beside the
-    1 / sqrt(head size) of attention itself. init_std: of each group of matrices. adamw, muon: by
+    1 / sqrt(head size) of attention itself. init_std: of each group of matrices; base_init_std: the
+    same at the base shape, which of the standard parametrisation each shape is. adamw, muon: by
     group, Muon's for the matrices of the blocks.
     """
 
@@ -75,6 +76,7 @@ class ScalingRules:
     logits: float = 1.0
     attention: float = 1.0
     init_std: Mapping[Group, float]
+    base_init_std: Mapping[Group, float]
     adamw: Mapping[Group, Factors]
     muon: Mapping[Group, Factors]
 
@@ -130,13 +132,17 @@ STANDARD_FACTORS: Mapping[Group, Factors] = dict.fromkeys(Group, Factors()) | _N
 STANDARD_MUON: Mapping[Group, Factors] = dict.fromkeys(_MUON_GROUPS, Factors())
 
 
-def _standard(config: TransformerConfig) -> ScalingRules:
+def _init_std(std: float, depth: int) -> dict[Group, float]:
     """Init smaller by sqrt(2 L) where a branch joins the residual (GPT-2, Radford et al. 2019)."""
-    std = config.initializer_range
-    joining_std = std / math.sqrt(2 * config.num_hidden_layers)
+    joining_std = std / math.sqrt(2 * depth)
+    return dict.fromkeys(Group, std) | {Group.OUTPUT: joining_std, Group.DOWN: joining_std}
+
+
+def _standard(config: TransformerConfig) -> ScalingRules:
+    init_std = _init_std(config.initializer_range, config.num_hidden_layers)
     return ScalingRules(
-        init_std=dict.fromkeys(Group, std)
-        | {Group.OUTPUT: joining_std, Group.DOWN: joining_std},
+        init_std=init_std,
+        base_init_std=init_std,
         adamw=STANDARD_FACTORS,
         muon=STANDARD_MUON,
     )
@@ -150,12 +156,15 @@ def _complete_p(config: TransformerConfig, base: BaseShape) -> ScalingRules:
     (`muon.py`), and should have sqrt(rows / columns): for rows and columns that grow alike that is
     a rate with 1 / sqrt(m_N), and for the down projection, d x f, with sqrt(d) / f. Decay goes
     against the rate in both, so that what a step takes off a weight stays the same share.
+
+    At the base shape all is as in the standard parametrisation: the init's sqrt(2 L) is of the
+    base's depth, a constant, for the residual multiplier sees to the model's own.
     """
     m_n = config.hidden_size / base.width
     m_o = config.heads * config.head_size / base.width
     m_f = config.ffn_size / feed_forward_width(base.width)
     m_l = config.num_hidden_layers / base.depth
-    std = config.initializer_range
+    init_std = _init_std(config.initializer_range, base.depth)
     outside, within = Factors(epsilon=1 / m_n), 1 / (m_n * m_l)
     vector = Factors(weight_decay=0.0, epsilon=within)
 
@@ -169,11 +178,12 @@ def _complete_p(config: TransformerConfig, base: BaseShape) -> ScalingRules:
         residual=1 / m_l,
         logits=1 / m_n,
         attention=math.sqrt(base.head_size / config.head_size),
-        init_std=dict.fromkeys(Group, std) | {
-            Group.HIDDEN: std / math.sqrt(m_n),
-            Group.OUTPUT: std / math.sqrt(m_o),
-            Group.DOWN: std / math.sqrt(m_f),
+        init_std=init_std | {
+            Group.HIDDEN: init_std[Group.HIDDEN] / math.sqrt(m_n),
+            Group.OUTPUT: init_std[Group.OUTPUT] / math.sqrt(m_o),
+            Group.DOWN: init_std[Group.DOWN] / math.sqrt(m_f),
         },
+        base_init_std=init_std,
         adamw={
             Group.EMBEDDING: outside,
             Group.HIDDEN: adamw(m_n),
@@ -208,15 +218,14 @@ def without(rules: ScalingRules, rule: Rule) -> ScalingRules:
         return replace(rules, logits=1.0)
     if rule is Rule.ATTENTION:
         return replace(rules, attention=1.0)
-    std = rules.init_std[Group.EMBEDDING]
     if rule is Rule.HIDDEN_INIT:
-        return replace(rules, init_std={**rules.init_std, **dict.fromkeys(_MUON_GROUPS, std)})
+        return replace(rules, init_std=rules.base_init_std)
     if rule in _PROJECTIONS:
         group = _PROJECTIONS[rule]
         plain = Factors(epsilon=rules.adamw[group].epsilon)
         return replace(
             rules,
-            init_std={**rules.init_std, group: std},
+            init_std={**rules.init_std, group: rules.base_init_std[group]},
             adamw={**rules.adamw, group: plain},
             muon={**rules.muon, group: plain},
         )
