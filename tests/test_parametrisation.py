@@ -136,8 +136,9 @@ def test_every_parameter_has_the_group_that_its_name_says() -> None:
 def test_weights_are_drawn_with_the_deviation_of_their_group() -> None:
     model = ReasoningTransformer(OTHER)
     model.initialize(0)
-    expected = {Group.HIDDEN: 0.02 / math.sqrt(2), Group.OUTPUT: 0.02 / math.sqrt(2),
-                Group.DOWN: 0.02 / math.sqrt(3)}
+    joining_std = 0.02 / math.sqrt(2 * BASE.depth)
+    expected = {Group.HIDDEN: 0.02 / math.sqrt(2), Group.OUTPUT: joining_std / math.sqrt(2),
+                Group.DOWN: joining_std / math.sqrt(3)}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             std = expected.get(group_of(name, parameter), 0.02)
