@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from svend import cuda
 from svend.errors import ResourceError, one_line
@@ -190,6 +191,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, training: TrainingConfig) ->
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Gains are gathered within what selective checkpointing records, which would take FSDP's notes
+    # to the profiler for operations, and find others of them when it computes a block again.
+    SAC_IGNORED_OPS.update({
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    })
     low = torch.bfloat16 if training.precision is Precision.BF16 else None
     matrices = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
