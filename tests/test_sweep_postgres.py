@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,30 +143,38 @@ def check_study(postgres: PostgresServer) -> None:
     assert {line.split("|")[0] for line in counts} <= {"COMPLETE", "PRUNED", "FAIL"}, counts
 
 
-def test_a_worker_elsewhere_is_killed_and_the_database_restarts_and_nothing_is_lost(
-    machines: tuple[Machine, Machine], postgres: PostgresServer
-) -> None:
-    here, there = machines
+def share_a_sweep(here: Machine, there: Machine, disturb: Callable[[], None]) -> None:
+    """Run a sweep whose parent is here; what joins from there is killed, and the rest disturbed."""
     parent = here.start(here.sweep("--workers", "1"))
     wait_for_checkpoint_of_trial(here, parent)
 
     second = there.run(there.sweep("--workers", "1"))
     assert second.returncode == 1, second.stdout
     last = second.stdout.splitlines()[-1]
-    assert last.startswith("error: study sweep-tiny: is being run by here, process ")
+    assert last.startswith("error: study sweep-tiny: is being run by here, process "), last
 
     joined = there.start(there.sweep("--join"))
     wait_for_checkpoint_of_trial(there, joined)
-    os.kill(joined.pid, signal.SIGKILL)
+    joined.kill()
     joined.communicate()
-    postgres.stop()
-    postgres.start()
+    disturb()
     again = there.start(there.sweep("--join"))
     output = parent.communicate(timeout=300)[0]
     assert parent.returncode == 0, output
     assert "in line again, lost with their worker: " in output
     told = again.communicate(timeout=60)[0]
     assert again.returncode == 0, told
+
+
+def test_a_worker_elsewhere_is_killed_and_the_database_restarts_and_nothing_is_lost(
+    machines: tuple[Machine, Machine], postgres: PostgresServer
+) -> None:
+    def restart() -> None:
+        postgres.stop()
+        postgres.start()
+
+    here, there = machines
+    share_a_sweep(here, there, restart)
     assert check_runs(here, trials=4).info.status == "FINISHED"
     check_study(postgres)
 
@@ -193,28 +201,14 @@ def test_a_host_dies_a_cable_is_pulled_and_nothing_is_lost(
     hosts: tuple[Booted, Booted], networked_postgres: PostgresServer
 ) -> None:
     here, there = hosts
-    assert here.host is not None
-    parent = here.start(here.sweep("--workers", "1"))
-    wait_for_checkpoint_of_trial(here, parent)
 
-    second = there.run(there.sweep("--workers", "1"))
-    assert second.returncode == 1, second.stdout
-    last = second.stdout.splitlines()[-1]
-    assert last.startswith("error: study sweep-tiny: is being run by here, process "), last
+    def pull_and_plug_in() -> None:
+        assert here.host is not None
+        here.host.cut()
+        time.sleep(SILENCE_SECONDS / 2)
+        here.host.mend()
 
-    joined = there.start(there.sweep("--join"))
-    wait_for_checkpoint_of_trial(there, joined)
-    joined.kill()  # and with it all that runs on this host
-    joined.communicate()
-    here.host.cut()
-    time.sleep(SILENCE_SECONDS / 2)
-    here.host.mend()
-    again = there.start(there.sweep("--join"))
-    output = parent.communicate(timeout=300)[0]
-    assert parent.returncode == 0, output
-    assert "in line again, lost with their worker: " in output
-    told = again.communicate(timeout=60)[0]
-    assert again.returncode == 0, told
+    share_a_sweep(here, there, pull_and_plug_in)  # what is killed takes its host with it
     assert check_runs(as_seen_from_outside(here), trials=4).info.status == "FINISHED"
     check_study(networked_postgres)
 
