@@ -284,12 +284,13 @@ def test_a_run_goes_on_with_another_number_of_processes(
                 take_up, stage.size, tmp_path / "run", stage.layout, stage.stop
             )
             losses += of_ranks[0]
-    assert losses == pytest.approx(expected, rel=1e-5)
+    coarser = coarser_than_fp32(stages[0].layout.optimizer)
+    assert losses == pytest.approx(expected, rel=1e-5 * coarser)
     weights = make_model(), make_model(seed=1)
     for model, name in zip(weights, ("uninterrupted", "run"), strict=True):
         CheckpointManager(tmp_path / name).load_latest(model)
     for ours, theirs in zip(*(model.parameters() for model in weights), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(ours, theirs, rtol=2e-4 * coarser, atol=2e-5 * coarser)
 
 
 def save_parts(ranks: Ranks, folder: Path) -> list[float]:
