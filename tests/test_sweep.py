@@ -90,6 +90,7 @@ def test_a_sweep_survives_its_worker_and_ends_with_tables_plots_and_a_verdict(
     # So short a sweep is noisy: what is tried here is that a result that passes is carried.
     sweep = workplace.start(command(
         workplace, "--trials", "3", "--workers", "2", sweep__confirm__max_rise="9",
+        sweep__confirm__errors_apart="0.5",
         sweep__confirm__second_width="{model.hidden_size: 32, model.num_attention_heads: 1}",
     ))
     wait_for_checkpoint_of_trial(workplace, sweep)
