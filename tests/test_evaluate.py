@@ -144,9 +144,10 @@ def test_a_promotion_measures_again_what_is_on_record_for_other_data(trained: Wo
     assert "svend-debug version 1: renewed, standard" in done.stdout
     assert "gradient_norm: on record, measured by run" in done.stdout
     assert "loss: on record" not in done.stdout
-    told = json.loads(run_here(
-        trained, [sys.executable, "-m", "svend", "history", "svend-debug", "--json"]
-    ).stdout)
+    history = trained.run(
+        [sys.executable, "-m", "svend", "history", "svend-debug", "--json"]
+    ).stdout
+    told = json.loads(history[history.index("["):])  # behind what goes to standard error
     rows = {row["metric"]: row for row in told[-1]["decided"]["rows"]}
     assert rows["loss"]["sample_size"] == 4
     run = _client(trained).get_run(rows["loss"]["run_id"])

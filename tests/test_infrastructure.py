@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ CHECKS = ["device", "precision", "compile", "memory", "disk", "data", "tokenizer
           "tracking store", "forward and backward", "overfits one batch", "checkpoint"]
 
 
-def validate(workplace: Workplace, *options: str) -> tuple[int, dict[str, tuple[str, str]]]:
+def validate(
+    workplace: Workplace, *options: str,
+    run: Callable[[Workplace, list[str]], subprocess.CompletedProcess[str]] = run_here,
+) -> tuple[int, dict[str, tuple[str, str]]]:
     """Run the command; return its exit code and each check's mark and detail."""
-    done = run_here(workplace, [
+    done = run(workplace, [
         sys.executable, "-m", "svend", "validate", "--preset", "quick_test",
         "--training.compile", "off", "--checkpoint_dir", str(workplace.checkpoints),
         "--data.cache_dir", str(data_cache()), *options,
@@ -81,7 +86,7 @@ def test_a_tracking_store_that_cannot_be_written_is_named(tmp_path: Path) -> Non
             return f"sqlite:///{tmp_path / 'no' / 'such' / 'folder' / 'mlflow.db'}"
 
     (tmp_path / "no").write_text("a file where a folder should be")
-    code, report = validate(Unwritable(tmp_path))
+    code, report = validate(Unwritable(tmp_path), run=Workplace.run)  # here it has a store
     assert code == 1
     assert report["tracking store"][0] == "FAIL"
     assert "check MLFLOW_TRACKING_URI" in report["tracking store"][1]
