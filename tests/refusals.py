@@ -12,9 +12,14 @@ from svend.cli import main
 
 
 def tree_of(folder: Path) -> dict[str, str]:
-    """Return what a folder holds: the hash of each file, where each link leads."""
+    """Return what a folder holds: the hash of each file, where each link leads.
+
+    But for what Python keeps of the modules there that it imports.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
+        if "__pycache__" in path.parts:
+            continue
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"

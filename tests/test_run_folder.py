@@ -139,7 +139,7 @@ MAY_CHANGE_TO = {
     "training.save_total_limit": "9", "health.every_steps": "7", "health.max_attention_logit": "7",
     "health.min_relative_update": "0.5", "health.min_branch_share": "0.5", "health.max_spikes": "7",
     "health.action": "fail", "health.patience": "7", "training.parallel": "fsdp",
-    "training.shard_processes": "4", "rank_timeout_seconds": "7",
+    "training.shard_processes": "4", "training.micro_batch": "fixed", "rank_timeout_seconds": "7",
 }
 
 
