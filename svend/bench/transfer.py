@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -148,13 +150,26 @@ def _run_all(
         return
     # Spawned: a forked process would inherit the threads of this one's torch.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin_worker) as pool:
         running = [pool.submit(run_case, setting, case, tokens) for case in cases]
         try:
             for future in as_completed(running):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Take one thread, and end with the process that asks, which a pool's workers outlive."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
 
 
 def tokenize(data: Sequence[Path], vocabulary: int, file: Path) -> None:
