@@ -27,7 +27,7 @@ CHECKPOINTING: tuple[CheckpointingPolicy | None, ...] = (
 
 
 # FLOPs of a block's pass from where on a GPU computes longer than it takes to be told: launching
-# a block's kernels took 2.5 ms forward and backward (H100, docs/experiments.md).
+# a block's kernels took 3 ms forward and backward (H100, docs/experiments.md).
 BUSY_FLOPS = 1e12
 
 
